@@ -1,0 +1,1 @@
+"""Heliostat: from raw data in a bucket to answers over HTTP, on one Ray cluster."""

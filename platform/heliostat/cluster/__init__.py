@@ -1,0 +1,1 @@
+"""The cloud cluster: its launcher configuration and what guards it."""

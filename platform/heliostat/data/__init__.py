@@ -1,0 +1,1 @@
+"""Data sets: raw objects to shuffled, checksummed shards, and shards to batches."""

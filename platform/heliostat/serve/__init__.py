@@ -1,0 +1,1 @@
+"""Serving: versions of the registry as HTTP endpoints on the cluster."""

@@ -1,0 +1,1 @@
+"""Training: a loop in plain PyTorch, committed checkpoints, and the same loop on Ray."""
