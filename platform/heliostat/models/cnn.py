@@ -1,4 +1,4 @@
-"""The convolutional network: 3x3 convolutions, each followed by a halving, then one hidden layer."""
+"""The convolutional network: 3x3 convolutions, each followed by a halving, one hidden layer."""
 
 from itertools import pairwise
 

@@ -1,0 +1,192 @@
+"""A data set as batches: Ray Data reads and verifies row groups in the order of `order`."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+
+from heliostat.data.manifest import Manifest, Shard
+from heliostat.data.order import Order, share
+from heliostat.data.shards import read_group, to_columns
+from heliostat.storage import Store
+
+CHUNK_ROWS = 4096
+CHUNK_BYTES = 32 << 20
+CHUNKS_PER_PIPELINE = 4096
+CHUNKS_KEPT = 8
+CHUNKS_AHEAD = 2
+
+Columns = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's rows of a global batch of `global_rows`; there may be none."""
+
+    columns: Columns
+    global_rows: int
+
+
+def plan(manifest: Manifest, split: str, global_batch: int, seed: int) -> Order:
+    """The order of samples of `split`, in chunks of CHUNK_ROWS rows or CHUNK_BYTES at most."""
+    groups = [group for _, _, group in _groups(manifest, split)]
+    most_rows = max((group.rows for group in groups), default=1)
+    most_bytes = max((group.bytes for group in groups), default=1)
+    per_chunk = max(1, min(CHUNK_ROWS // most_rows, CHUNK_BYTES // most_bytes))
+    return Order(tuple(group.rows for group in groups), global_batch, per_chunk, seed)
+
+
+def read_split(store: Store, manifest: Manifest, split: str, batch: int) -> Iterator[Columns]:
+    """Every row of `split` once, in stored order, as columns of up to `batch` rows."""
+    groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
+    if not groups:
+        return
+    _configure(ray.data.DataContext.get_current())
+
+    def read(rows: pa.Table) -> pa.Table:
+        return read_group(store, *groups[rows["id"][0].as_py()])
+
+    dataset = ray.data.range(len(groups), override_num_blocks=len(groups)).map_batches(
+        read, batch_size=None, batch_format="pyarrow"
+    )
+    for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow"):
+        yield _columns(manifest, table)
+
+
+class ChunkReader:
+    """The body of one actor per run: it runs the pipeline and hands out references to chunks.
+
+    Chunks are asked for by number, by every rank and roughly in step, so the last few are kept. A
+    number elsewhere, as after a restart from a checkpoint, starts the pipeline anew from there.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, split: str, order: Order, cpus: float):
+        self._store, self._order = store, order
+        self._groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
+        self._bundles: Iterator[Any] = iter(())
+        self._kept: dict[int, list[ray.ObjectRef]] = {}
+        self._next = 0
+        context = ray.data.DataContext.get_current()
+        _configure(context)
+        context.target_max_block_size = None
+        context.execution_options.preserve_order = True
+        context.execution_options.exclude_resources = (
+            context.execution_options.exclude_resources.copy(cpu=cpus)
+        )
+
+    def chunk(self, index: int) -> list[ray.ObjectRef]:
+        """References to the blocks of chunk `index`, its rows in the order of the epoch."""
+        if index not in self._kept:
+            if index != self._next:
+                self._start(index)
+            self._advance()
+        return self._kept[index]
+
+    def _start(self, index: int) -> None:
+        self._bundles, self._next = self._read(index), index
+        self._kept.clear()
+
+    def _advance(self) -> None:
+        bundle = next(self._bundles, None)
+        if bundle is None:
+            self._bundles = self._read(self._next)
+            bundle = next(self._bundles)
+        self._kept[self._next] = list(bundle.block_refs)
+        self._kept.pop(self._next - CHUNKS_KEPT, None)
+        self._next += 1
+
+    def _read(self, first: int) -> Iterator[Any]:
+        store, order, groups = self._store, self._order, self._groups
+
+        def read(rows: pa.Table) -> pa.Table:
+            chunk = order.chunk(first + rows["id"][0].as_py())
+            tables = [read_group(store, *groups[group]) for group in chunk.groups]
+            return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
+
+        dataset = ray.data.range(
+            CHUNKS_PER_PIPELINE, override_num_blocks=CHUNKS_PER_PIPELINE
+        ).map_batches(read, batch_size=None, batch_format="pyarrow")
+        return iter(dataset.iter_internal_ref_bundles())
+
+
+def fetch_from(reader: Any) -> Callable[[int], pa.Table]:
+    """How a worker gets a chunk from the actor of a `ChunkReader`."""
+
+    def fetch(index: int) -> pa.Table:
+        return pa.concat_tables(ray.get(ray.get(reader.chunk.remote(index))))
+
+    return fetch
+
+
+def iter_shares(
+    order: Order,
+    manifest: Manifest,
+    fetch: Callable[[int], pa.Table],
+    *,
+    steps: range,
+    rank: int,
+    world_size: int,
+) -> Iterator[Share]:
+    """The rows that `rank` trains on at each of `steps` (counted from 0).
+
+    `fetch` returns the rows of a chunk in order; chunks are fetched ahead on a thread.
+    """
+    if not steps:
+        return
+    first_chunk, skip = order.locate(steps.start)
+    end_chunk, begun = order.locate(steps.stop)
+    with ThreadPoolExecutor(1) as thread:
+        rows = _Sequence(_ahead(thread, fetch, first_chunk, end_chunk + (begun > 0)), skip)
+        for step in steps:
+            count = order.batch_rows(step)
+            mine = share(count, rank, world_size)
+            table = rows.take(count).slice(mine.start, mine.stop - mine.start)
+            yield Share(_columns(manifest, table), count)
+
+
+class _Sequence:
+    """Tables one after another, taken from in pieces of any length."""
+
+    def __init__(self, tables: Iterator[pa.Table], skip: int):
+        self._tables = tables
+        self._rest = next(tables).slice(skip)
+
+    def take(self, count: int) -> pa.Table:
+        while self._rest.num_rows < count:
+            self._rest = pa.concat_tables([self._rest, next(self._tables)])
+        taken, self._rest = self._rest.slice(0, count), self._rest.slice(count)
+        return taken
+
+
+def _ahead(
+    thread: ThreadPoolExecutor, fetch: Callable[[int], pa.Table], first: int, stop: int
+) -> Iterator[pa.Table]:
+    pending: deque[Future[pa.Table]] = deque()
+    for index in range(first, stop):
+        pending.append(thread.submit(fetch, index))
+        if len(pending) > CHUNKS_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _columns(manifest: Manifest, table: pa.Table) -> Columns:
+    return {**to_columns(manifest.features, table), "label": table["label"].to_numpy()}
+
+
+def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:
+    for shard in manifest.shards_of(split):
+        for index, group in enumerate(shard.groups):
+            yield shard, index, group
+
+
+def _configure(context: ray.data.DataContext) -> None:
+    """Say nothing about a pipeline in the job's log: the stage reports its own progress."""
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,273 @@
+"""The training loop on Ray: workers of a `TorchTrainer`, rows from Ray Data, state in the bucket."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from heliostat import metrics, spec, storage
+from heliostat.data import features, stream
+from heliostat.data.manifest import Manifest, load_manifest
+from heliostat.environment import check_cpus
+from heliostat.errors import HeliostatError
+from heliostat.models import build, count_parameters
+from heliostat.spec import RunSpec
+from heliostat.storage import Store
+from heliostat.train import checkpoint, loop
+
+REPORT_SECONDS = 5.0
+
+# What may change between two tries of the same run.
+_NOT_IDENTITY = {"run", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind: `weights` are the last step's, as safetensors bytes."""
+
+    run: str
+    step: int
+    metrics: dict[str, float]
+    weights: bytes
+
+
+def identify(run: RunSpec, manifest: Manifest) -> str:
+    """The run's name: the same model, data, training section and seed resume the same run."""
+    if run.train.run:
+        return run.train.run
+    relevant = run.train.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    identity = [spec.dump(run)["model"], relevant, manifest.version]
+    return f"{run.name}-{spec.digest(identity)[:12]}"
+
+
+def count_steps(run: RunSpec, order: stream.Order) -> int:
+    total = run.train.epochs * order.steps_per_epoch
+    return min(total, run.train.steps or total)
+
+
+def train(run: RunSpec, manifest: Manifest) -> Result:
+    """Train on the cluster until the last step, resuming what an earlier try committed.
+
+    Raises:
+        HeliostatError: the cluster is too small, the data cannot be read or the loss diverged.
+    """
+    store = storage.connect(run.root)
+    name = identify(run, manifest)
+    order = stream.plan(manifest, "train", run.train.global_batch, run.train.seed)
+    steps = count_steps(run, order)
+    if (done := _finished(store, name, steps)) is not None:
+        print(f"run {name} has finished its {steps:,} steps before: nothing to train", flush=True)
+        return done
+    ray.init(ignore_reinit_error=True)
+    workers, cpus = run.train.workers, run.train.workers * run.train.cpus_per_worker
+    check_cpus(ray.cluster_resources().get("CPU", 0), workers, run.train.cpus_per_worker)
+    print(
+        f"run {name}: {steps:,} steps of {run.train.global_batch} rows, "
+        f"{order.steps_per_epoch:,} steps an epoch, {workers} workers",
+        flush=True,
+    )
+    store.delete(_failure_key(name))
+    reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=name)
+    actor = reader.remote(store, manifest, "train", order, cpus)
+    try:
+        _fit(run, manifest, name, steps)
+    finally:
+        ray.kill(actor)
+    if (result := _finished(store, name, steps)) is None:
+        raise HeliostatError(_failure(store, name))
+    return result
+
+
+def _fit(run: RunSpec, manifest: Manifest, name: str, steps: int) -> None:
+    # The controller looks at its workers this often: it is what the end of a run waits for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    resources = {"CPU": run.train.cpus_per_worker, "GPU": run.train.gpus_per_worker}
+    trainer = ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={
+            "spec": spec.dump(run),
+            "data": [manifest.name, manifest.version],
+            "run": name,
+            "steps": steps,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.train.workers,
+            use_gpu=run.train.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=name, failure_config=ray.train.FailureConfig(max_failures=run.train.max_failures)
+        ),
+    )
+    trainer.fit()
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What one worker does; a failure that a retry cannot mend is written down and ends the run."""
+    run = spec.parse(config["spec"])
+    store = storage.connect(run.root)
+    if store.stat(_failure_key(config["run"])):
+        return
+    try:
+        _train_rank(run, load_manifest(store, *config["data"]), config["run"], config["steps"])
+    except (HeliostatError, ray.exceptions.RayError) as error:
+        if sentence := _sentence(error):
+            store.write(_failure_key(config["run"]), sentence.encode())
+        raise
+
+
+def _train_rank(run: RunSpec, manifest: Manifest, name: str, steps: int) -> None:
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    store = storage.connect(run.root)
+    torch.manual_seed(run.train.seed)
+    model = build(run.model, features.input_shape(manifest.features), len(manifest.labels))
+    model.to(device)
+    optimizer = loop.build_optimizer(run.train.optimizer, model)
+    first_step = _resume(store, name, model, optimizer, rank, world_size)
+    order = stream.plan(manifest, "train", run.train.global_batch, run.train.seed)
+    shares = stream.iter_shares(
+        order,
+        manifest,
+        stream.fetch_from(ray.get_actor(name)),
+        steps=range(first_step, steps),
+        rank=rank,
+        world_size=world_size,
+    )
+    reports = loop.fit(
+        DistributedDataParallel(model) if world_size > 1 else model,
+        optimizer,
+        (_to_batch(share, manifest, device) for share in shares),
+        first_step=first_step,
+        seed=run.train.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    progress = _Progress(steps, order.steps_per_epoch)
+    for report in reports:
+        if rank > 0:
+            continue
+        progress.add(report)
+        if report.step % run.train.checkpoint_steps == 0 or report.step == steps:
+            checkpoint.save(
+                store, name, report.step, loop.dump_state(model, optimizer, report.step)
+            )
+            checkpoint.retain(store, name, run.train.keep_checkpoints)
+            progress.record(store, name)
+    if rank == 0:
+        progress.print()
+        result = {"step": steps, "parameters": count_parameters(model), "metrics": progress.metrics}
+        store.write(_result_key(name), json.dumps(result).encode())
+
+
+def _resume(
+    store: Store,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    world_size: int,
+) -> int:
+    """Load what rank 0 finds to be the newest good checkpoint, on every rank; returns its step."""
+    found = checkpoint.load_newest(store, name, warn=print) if rank == 0 else None
+    keys = [found.key if found else None]
+    if world_size > 1:
+        distributed.broadcast_object_list(keys)
+    if keys[0] is None:
+        return 0
+    newest = found or checkpoint.load(store, keys[0])
+    step = loop.load_state(model, optimizer, newest.files)
+    if rank == 0:
+        print(f"resumed from step {step:,} ({newest.key})", flush=True)
+    return step
+
+
+class _Progress:
+    """Means since the last line, printed every few seconds and recorded at every checkpoint."""
+
+    def __init__(self, steps: int, steps_per_epoch: int):
+        self._steps, self._steps_per_epoch = steps, steps_per_epoch
+        self._reports: list[loop.StepReport] = []
+        self._since = time.perf_counter()
+        self.metrics: dict[str, float] = {}
+        self._step = 0
+
+    def add(self, report: loop.StepReport) -> None:
+        self._reports.append(report)
+        self._step = report.step
+        if time.perf_counter() - self._since >= REPORT_SECONDS:
+            self.print()
+
+    def print(self) -> None:
+        self._summarise()
+        epoch = -(-self._step // self._steps_per_epoch)
+        values = "  ".join(f"{key} {value:,.4g}" for key, value in self.metrics.items())
+        print(f"step {self._step:,}/{self._steps:,}  epoch {epoch}  {values}", flush=True)
+
+    def record(self, store: Store, name: str) -> None:
+        """Keep the metrics of now beside the run, where they outlive the cluster."""
+        self._summarise()
+        document = json.dumps({"step": self._step, **self.metrics}).encode()
+        store.write(f"runs/{name}/progress/{self._step:08d}.json", document)
+
+    def _summarise(self) -> None:
+        if not self._reports:
+            return
+        rows = sum(report.rows for report in self._reports)
+        now = time.perf_counter()
+        self.metrics = metrics.plain(
+            {
+                "loss": sum(report.loss * report.rows for report in self._reports) / rows,
+                "accuracy": sum(report.accuracy * report.rows for report in self._reports) / rows,
+                "rows_per_second": rows / max(now - self._since, 1e-9),
+            }
+        )
+        self._reports, self._since = [], now
+
+
+def _to_batch(share: stream.Share, manifest: Manifest, device: torch.device) -> loop.Batch:
+    inputs = torch.from_numpy(features.encode(manifest.features, dict(share.columns)))
+    targets = torch.from_numpy(share.columns["label"].astype("int64"))
+    return loop.Batch(inputs.to(device), targets.to(device), share.global_rows)
+
+
+def _finished(store: Store, name: str, steps: int) -> Result | None:
+    if store.stat(_result_key(name)) is None:
+        return None
+    document = json.loads(store.read(_result_key(name)))
+    newest = checkpoint.load_newest(store, name, warn=print)
+    if document["step"] != steps or newest is None or newest.step != steps:
+        return None
+    return Result(name, steps, document["metrics"], newest.files[loop.MODEL])
+
+
+def _failure(store: Store, name: str) -> str:
+    if store.stat(_failure_key(name)):
+        return store.read(_failure_key(name)).decode()
+    return f"run {name} ended without a result: look at the job's log for the workers' last words"
+
+
+def _sentence(error: BaseException | None) -> str | None:
+    """The HeliostatError that `error` comes from, through Ray's wrappers."""
+    while error is not None:
+        if isinstance(error, HeliostatError):
+            return str(getattr(error, "cause", None) or error)
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _result_key(name: str) -> str:
+    return f"runs/{name}/result.json"
+
+
+def _failure_key(name: str) -> str:
+    return f"runs/{name}/failure.txt"

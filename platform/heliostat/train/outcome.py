@@ -1,0 +1,43 @@
+"""A finished run to a version in the registry, with what it scored on the validation split."""
+
+import safetensors.torch
+
+from heliostat import code, evaluate, registry, spec, storage
+from heliostat.data import features, stream
+from heliostat.data.manifest import Manifest
+from heliostat.models import build
+from heliostat.spec import RunSpec
+from heliostat.train.launch import Result
+
+
+def publish(run: RunSpec, manifest: Manifest, result: Result) -> registry.Version:
+    """Register the weights of `result`; the same result published again is the same version.
+
+    Raises:
+        HeliostatError: the weights are not finite, or the bucket cannot be written.
+    """
+    store = storage.connect(run.root)
+    draft = registry.Draft(
+        name=run.name,
+        labels=manifest.labels,
+        features=features.features_to_json(manifest.features),
+        spec=spec.dump(run),
+        data_name=manifest.name,
+        data_version=manifest.version,
+        run=result.run,
+        step=result.step,
+        code=code.store_code(store),
+        metrics={**result.metrics, **_validate(run, manifest, result)},
+    )
+    return registry.publish(store, draft, result.weights)
+
+
+def _validate(run: RunSpec, manifest: Manifest, result: Result) -> dict[str, float]:
+    if not manifest.rows.get("validation"):
+        return {}
+    model = build(run.model, features.input_shape(manifest.features), len(manifest.labels))
+    model.load_state_dict(safetensors.torch.load(result.weights))
+    store = storage.connect(run.root)
+    batches = stream.read_split(store, manifest, "validation", run.evaluate.batch)
+    scores = evaluate.score(model.eval(), manifest.features, manifest.labels, batches)
+    return {"validation_loss": scores.loss, "validation_accuracy": scores.accuracy}
