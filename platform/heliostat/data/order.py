@@ -69,6 +69,11 @@ class Order:
             index, skip = index + 1, skip - rows
         return index, skip
 
+    def end_chunk(self, steps: int) -> int:
+        """The number of the first chunk that the first `steps` steps do not need."""
+        index, begun = self.locate(steps)
+        return index + (begun > 0)
+
 
 def share(rows: int, rank: int, world_size: int) -> slice:
     """The rows of a batch that `rank` takes: consecutive, sizes differ by at most one."""

@@ -18,7 +18,7 @@ from heliostat.storage import Store
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 32 << 20
-CHUNKS_PER_PIPELINE = 4096
+CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
 CHUNKS_KEPT = 8
 CHUNKS_AHEAD = 2
 
@@ -66,8 +66,9 @@ class ChunkReader:
     number elsewhere, as after a restart from a checkpoint, starts the pipeline anew from there.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, split: str, order: Order, cpus: float):
+    def __init__(self, store: Store, manifest: Manifest, split: str, order: Order, steps: int):
         self._store, self._order = store, order
+        self._stop = order.end_chunk(steps)
         self._groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
         self._bundles: Iterator[Any] = iter(())
         self._kept: dict[int, list[ray.ObjectRef]] = {}
@@ -76,9 +77,6 @@ class ChunkReader:
         _configure(context)
         context.target_max_block_size = None
         context.execution_options.preserve_order = True
-        context.execution_options.exclude_resources = (
-            context.execution_options.exclude_resources.copy(cpu=cpus)
-        )
 
     def chunk(self, index: int) -> list[ray.ObjectRef]:
         """References to the blocks of chunk `index`, its rows in the order of the epoch."""
@@ -103,15 +101,16 @@ class ChunkReader:
 
     def _read(self, first: int) -> Iterator[Any]:
         store, order, groups = self._store, self._order, self._groups
+        count = min(CHUNKS_PER_PIPELINE, self._stop - first)
 
         def read(rows: pa.Table) -> pa.Table:
             chunk = order.chunk(first + rows["id"][0].as_py())
             tables = [read_group(store, *groups[group]) for group in chunk.groups]
             return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
 
-        dataset = ray.data.range(
-            CHUNKS_PER_PIPELINE, override_num_blocks=CHUNKS_PER_PIPELINE
-        ).map_batches(read, batch_size=None, batch_format="pyarrow")
+        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+            read, batch_size=None, batch_format="pyarrow"
+        )
         return iter(dataset.iter_internal_ref_bundles())
 
 
@@ -140,9 +139,8 @@ def iter_shares(
     if not steps:
         return
     first_chunk, skip = order.locate(steps.start)
-    end_chunk, begun = order.locate(steps.stop)
     with ThreadPoolExecutor(1) as thread:
-        rows = _Sequence(_ahead(thread, fetch, first_chunk, end_chunk + (begun > 0)), skip)
+        rows = _Sequence(_ahead(thread, fetch, first_chunk, order.end_chunk(steps.stop)), skip)
         for step in steps:
             count = order.batch_rows(step)
             mine = share(count, rank, world_size)

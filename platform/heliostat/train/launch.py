@@ -1,4 +1,4 @@
-"""The training loop on Ray: workers of a `TorchTrainer`, rows from Ray Data, state in the bucket."""
+"""The training loop on Ray: a `TorchTrainer` whose workers get rows from Ray Data."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from heliostat.train import checkpoint, loop
 REPORT_SECONDS = 5.0
 
 # What may change between two tries of the same run.
-_NOT_IDENTITY = {"run", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures"}
+_NOT_IDENTITY = {"run", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
         print(f"run {name} has finished its {steps:,} steps before: nothing to train", flush=True)
         return done
     ray.init(ignore_reinit_error=True)
-    workers, cpus = run.train.workers, run.train.workers * run.train.cpus_per_worker
+    workers = run.train.workers
     check_cpus(ray.cluster_resources().get("CPU", 0), workers, run.train.cpus_per_worker)
     print(
         f"run {name}: {steps:,} steps of {run.train.global_batch} rows, "
@@ -76,7 +76,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
     )
     store.delete(_failure_key(name))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=name)
-    actor = reader.remote(store, manifest, "train", order, cpus)
+    actor = reader.remote(store, manifest, "train", order, steps)
     try:
         _fit(run, manifest, name, steps)
     finally:

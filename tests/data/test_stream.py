@@ -1,0 +1,105 @@
+"""What the ranks of a training run get: every row once per epoch, the same batches for any count."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from datasets import row_numbers, store_images
+from heliostat.data import stream
+from heliostat.data.manifest import Manifest
+from heliostat.data.order import Order
+from heliostat.data.shards import read_group
+from heliostat.storage import Store, connect
+
+ROWS = {"train": 301, "test": 40}
+
+
+@pytest.fixture()
+def store(tmp_path: Path) -> Store:
+    return connect(str(tmp_path))
+
+
+def make_fetch(store: Store, manifest: Manifest, order: Order) -> Callable[[int], pa.Table]:
+    """Chunks without a cluster."""
+    groups = [(s, i) for s in manifest.shards_of("train") for i in range(len(s.groups))]
+
+    def fetch(index: int) -> pa.Table:
+        chunk = order.chunk(index)
+        tables = [read_group(store, *groups[group]) for group in chunk.groups]
+        return pa.concat_tables(tables).take(order.permute(chunk))
+
+    return fetch
+
+
+def train_batches(
+    store: Store, manifest: Manifest, order: Order, steps: range, world_size: int
+) -> list[list[int]]:
+    """The row numbers of each global batch, put together from the shares of all ranks."""
+    fetch = make_fetch(store, manifest, order)
+    ranks = [
+        stream.iter_shares(order, manifest, fetch, steps=steps, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    batches = []
+    for shares in zip(*ranks, strict=True):
+        rows = [number for share in shares for number in row_numbers(share.columns["image"])]
+        assert {share.global_rows for share in shares} == {len(rows)}
+        batches.append(rows)
+    return batches
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 300, 1000])
+def test_any_worker_count_and_any_resumption_sees_the_same_batches(
+    store: Store, batch: int
+) -> None:
+    manifest = store_images(store, ROWS)
+    order = Order(stream.plan(manifest, "train", batch, 5).group_rows, batch, 3, 5)
+    steps = 2 * order.steps_per_epoch
+    whole = train_batches(store, manifest, order, range(steps), world_size=1)
+    for world_size in (2, 3):
+        assert train_batches(store, manifest, order, range(steps), world_size) == whole
+    cut = steps * 2 // 3
+    assert train_batches(store, manifest, order, range(cut, steps), 2) == whole[cut:]
+    for epoch in range(2):
+        seen = whole[epoch * order.steps_per_epoch : (epoch + 1) * order.steps_per_epoch]
+        assert sorted(number for rows in seen for number in rows) == list(range(ROWS["train"]))
+
+
+def test_a_rank_without_rows_still_takes_part(store: Store) -> None:
+    manifest = store_images(store, {"train": 3})
+    order = stream.plan(manifest, "train", 3, seed=0)
+    assert [len(rows) for rows in train_batches(store, manifest, order, range(4), 5)] == [3] * 4
+
+
+@pytest.mark.cluster()
+def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: object) -> None:
+    import ray
+
+    store = connect(f"{cluster.root}/test-stream")  # type: ignore[attr-defined]
+    manifest = store_images(store, ROWS)
+    order = Order(stream.plan(manifest, "train", 64, 1).group_rows, 64, 3, 1)
+    expected = make_fetch(store, manifest, order)
+    ray.init(ignore_reinit_error=True)
+    reader = ray.remote(stream.ChunkReader).options(num_cpus=0)
+    actor = reader.remote(store, manifest, "train", order, 2 * order.steps_per_epoch)
+    fetch = stream.fetch_from(actor)
+    try:
+        for index in (0, 1, 2, 1, 12, 13, 3):
+            assert fetch(index).equals(expected(index))
+    finally:
+        ray.kill(actor)
+
+
+@pytest.mark.cluster()
+def test_a_split_is_read_whole_in_stored_order(cluster: object) -> None:
+    import ray
+
+    store = connect(f"{cluster.root}/test-stream")  # type: ignore[attr-defined]
+    manifest = store_images(store, ROWS)
+    ray.init(ignore_reinit_error=True)
+    batches = list(stream.read_split(store, manifest, "test", 16))
+    rows = [number for batch in batches for number in row_numbers(batch["image"])]
+    assert sorted(rows) == list(range(301, 341))
+    assert all(len(batch["label"]) <= 16 for batch in batches)
