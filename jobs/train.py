@@ -5,7 +5,8 @@ ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
 """
 
 from heliostat import spec, storage
-from heliostat.data.manifest import check_shards, load_prepared
+from heliostat.data.manifest import check_shards
+from heliostat.data.prepare import require_prepared
 from heliostat.job import run
 from heliostat.train.launch import train
 from heliostat.train.outcome import publish
@@ -15,7 +16,7 @@ def main(path: str, *overrides: str) -> None:
     wanted = spec.load(path, overrides)
     store = storage.connect(wanted.root)
     storage.probe(store)
-    manifest = load_prepared(store, wanted)
+    manifest = require_prepared(wanted)
     check_shards(store, manifest)
     result = train(wanted, manifest)
     version = publish(wanted, manifest, result)

@@ -1,8 +1,9 @@
-"""A run, written down: one YAML file with typed, frozen sections and `section.key=value` overrides."""
+"""A run, written down: a YAML file of typed, frozen sections and `section.key=value` overrides."""
 
 import hashlib
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,10 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from heliostat.errors import HeliostatError
 
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,62}")
-NAME_RULE = "1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit and without '..'"
+NAME_RULE = (
+    "1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit and without '..'"
+)
+
+# PyYAML raises ValueError for an impossible date or number, RecursionError for endless nesting.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+MAX_SENTENCES = 5
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
+# Strict, because Python would take true for the number 1.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 
 
 def check_name(name: str) -> str:
@@ -30,7 +40,7 @@ def check_name(name: str) -> str:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SplitSpec(Section):
@@ -68,9 +78,9 @@ class DataSpec(Section):
     max_categories: Positive = 64
     image_size: tuple[Positive, Positive] | None = None
     channels: Literal[1, 3] | None = None
-    max_bad_rows: Annotated[int, Field(ge=0)] = 0
+    max_bad_rows: Natural = 0
     split: SplitSpec = SplitSpec()
-    seed: int = 0
+    seed: Seed = 0
     shard_mib: Positive = 64
     rows_per_group: Positive = 1024
 
@@ -108,15 +118,15 @@ class TrainSpec(Section):
     run: str | None = None
     workers: Positive = 1
     cpus_per_worker: Positive = 1
-    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    gpus_per_worker: Natural = 0
     epochs: Positive = 10
     steps: Positive | None = None
     global_batch: Positive = 64
     optimizer: OptimizerSpec = OptimizerSpec()
-    seed: int = 0
+    seed: Seed = 0
     checkpoint_steps: Positive = 100
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Natural = 3
 
     @model_validator(mode="after")
     def _every_worker_gets_rows(self) -> Self:
@@ -134,10 +144,12 @@ class TrainSpec(Section):
 
 
 class EvaluateSpec(Section):
+    version: Positive | None = None
     batch: Positive = 512
 
 
 class DeploySpec(Section):
+    version: Positive | None = None
     replicas: Positive = 1
     max_body_mib: Annotated[float, Field(gt=0)] = 8
     max_queued_requests: Positive = 256
@@ -178,8 +190,9 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunSpec:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise HeliostatError(f"cannot read the spec {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise HeliostatError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except YAML_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HeliostatError(f"{path} is not YAML: {reason}") from error
     if not isinstance(document, dict):
         raise HeliostatError(f"{path} must be a mapping with name, data, model and train")
     for override in overrides:
@@ -196,7 +209,10 @@ def parse(document: dict[str, Any], origin: str = "the spec") -> RunSpec:
     try:
         return RunSpec.model_validate(document)
     except ValidationError as error:
-        raise HeliostatError(f"{origin}: " + "; ".join(map(_sentence, error.errors()))) from error
+        errors = error.errors()
+        told = "; ".join(map(_sentence, errors[:MAX_SENTENCES]))
+        more = len(errors) - MAX_SENTENCES
+        raise HeliostatError(f"{origin}: {told}" + f"; and {more} more" * (more > 0)) from error
 
 
 def dump(spec: RunSpec) -> dict[str, Any]:
@@ -204,9 +220,14 @@ def dump(spec: RunSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
+def reference(name: str, version: int | None) -> str:
+    """How the registry is asked for a version: `name:3`, or `name` for the newest."""
+    return f"{name}:{version}" if version else name
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of `value`: the same values give the same digest."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -214,27 +235,44 @@ def _apply(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise HeliostatError(f"{override!r} is not an override: write section.key=value")
+        raise HeliostatError(f"{override[:80]!r} is not an override: write section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise HeliostatError(f"the value in {override!r} is not YAML") from error
+    except YAML_ERRORS as error:
+        raise HeliostatError(f"the value in {override[:80]!r} is not YAML") from error
     section = document
     for key in keys[:-1]:
-        section = section.setdefault(key, {})
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
         if not isinstance(section, dict):
-            raise HeliostatError(f"{override!r}: {key} is a value, not a section")
+            raise HeliostatError(f"{override[:80]!r}: {key} is a value, not a section")
     section[keys[-1]] = value
 
 
 def _sentence(error: Any) -> str:
-    """One pydantic error as `path.of.key: what is wrong`."""
-    path = ".".join(str(part) for part in error["loc"] if part not in ("mlp", "cnn"))
+    """One pydantic error as `path.of.key: what is wrong`; never the content of a whole section."""
+    keys = [key for i, key in enumerate(error["loc"]) if error["loc"][:i] != ("model",)]
+    path = ".".join(_show_key(str(key)) for key in keys)
     match error["type"]:
         case "extra_forbidden":
             return f"{path}: unknown key"
         case "missing":
             return f"{path}: required, but missing"
+        case "union_tag_not_found":
+            return f"{path}.kind: required, but missing"
+        case "union_tag_invalid":
+            return f"{path}.kind: should be {error['ctx']['expected_tags']}"
+        case "model_type" | "model_attributes_type":
+            return f"{path}: should be a section of keys"
         case _:
-            message = error["msg"].removeprefix("Value error, ")
-            return f"{path}: {message[0].lower()}{message[1:]}, given {error['input']!r}"[:400]
+            message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            return f"{path}: {message[0].lower()}{message[1:200]}{_show_given(error['input'])}"
+
+
+def _show_key(key: str) -> str:
+    return key[:80] if key.isprintable() else ascii(key[:80])
+
+
+def _show_given(value: Any) -> str:
+    return "" if isinstance(value, dict | list) else f", given {reprlib.repr(value)}"

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,24 @@ from torch.nn.parallel import DistributedDataParallel
 from heliostat import metrics, spec, storage
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest, load_manifest
-from heliostat.environment import check_cpus
+from heliostat.environment import TRAIN, check_cpus
 from heliostat.errors import HeliostatError
 from heliostat.models import build, count_parameters
 from heliostat.spec import RunSpec
-from heliostat.storage import Store
+from heliostat.storage import Conflict, Store
 from heliostat.train import checkpoint, loop
 
 REPORT_SECONDS = 5.0
 
 # What may change between two tries of the same run.
-_NOT_IDENTITY = {"run", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "keep_checkpoints"}
+_NOT_IDENTITY = {
+    "run",
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "max_failures",
+    "keep_checkpoints",
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,10 @@ class Result:
 
 
 def identify(run: RunSpec, manifest: Manifest) -> str:
-    """The run's name: the same model, data, training section and seed resume the same run."""
+    """The run's name: the same model, data and training section resume the same run."""
     if run.train.run:
         return run.train.run
-    relevant = run.train.model_dump(mode="json", exclude=_NOT_IDENTITY)
-    identity = [spec.dump(run)["model"], relevant, manifest.version]
-    return f"{run.name}-{spec.digest(identity)[:12]}"
+    return f"{run.name}-{spec.digest(_describe(run, manifest))[:12]}"
 
 
 def count_steps(run: RunSpec, order: stream.Order) -> int:
@@ -68,12 +74,13 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
         return done
     ray.init(ignore_reinit_error=True)
     workers = run.train.workers
-    check_cpus(ray.cluster_resources().get("CPU", 0), workers, run.train.cpus_per_worker)
+    check_cpus(int(ray.cluster_resources().get("CPU", 0)), workers, run.train.cpus_per_worker)
     print(
         f"run {name}: {steps:,} steps of {run.train.global_batch} rows, "
         f"{order.steps_per_epoch:,} steps an epoch, {workers} workers",
         flush=True,
     )
+    _register(store, name, _describe(run, manifest))
     store.delete(_failure_key(name))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=name)
     actor = reader.remote(store, manifest, "train", order, steps)
@@ -86,9 +93,36 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
     return result
 
 
+def _describe(run: RunSpec, manifest: Manifest) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    return {
+        "data": f"{manifest.name}@{manifest.version}",
+        "model": run.model.model_dump(mode="json"),
+        "train": run.train.model_dump(mode="json", exclude=_NOT_IDENTITY),
+    }
+
+
+def _register(store: Store, name: str, described: dict[str, Any]) -> None:
+    """Write down what the run is, once.
+
+    Raises:
+        HeliostatError: a run of this name is another one; names the sections that differ.
+    """
+    key = f"runs/{name}/run.json"
+    try:
+        store.create(key, json.dumps(described, indent=1).encode())
+    except Conflict:
+        before = json.loads(store.read(key))
+        if changed := [part for part in described if described[part] != before.get(part)]:
+            raise HeliostatError(
+                f"run {name} was started with another {' and '.join(changed)} section: "
+                "choose another train.run, or none to derive one"
+            ) from None
+
+
 def _fit(run: RunSpec, manifest: Manifest, name: str, steps: int) -> None:
-    # The controller looks at its workers this often: it is what the end of a run waits for.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    for setting in TRAIN:
+        os.environ.setdefault(setting.name, setting.value)
     resources = {"CPU": run.train.cpus_per_worker, "GPU": run.train.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
         _work,
@@ -129,6 +163,8 @@ def _train_rank(run: RunSpec, manifest: Manifest, name: str, steps: int) -> None
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     store = storage.connect(run.root)
+    # Said once by every worker of a network with one input channel; it costs nothing here.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.manual_seed(run.train.seed)
     model = build(run.model, features.input_shape(manifest.features), len(manifest.labels))
     model.to(device)

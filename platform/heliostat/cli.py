@@ -1,0 +1,329 @@
+"""`heliostat ...`: parse, call, print."""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+
+from heliostat.errors import HeliostatError
+
+if TYPE_CHECKING:
+    from heliostat.local import Cluster, Usage
+    from heliostat.registry import Lineage, Version
+    from heliostat.storage import Store
+
+MIB = 2**20
+GIB = 2**30
+OTHER_CREDENTIALS = ("AWS_PROFILE", "AWS_SESSION_TOKEN")
+STORE_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_PROFILE")
+SHOWN_PIDS = 8
+
+
+class Model(TypedDict):
+    versions: "list[Version]"
+    aliases: dict[str, int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 2 after a sentence, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, _unwind)
+    options = _build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except HeliostatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: interrupted", file=sys.stderr)
+        return 130
+
+
+def up(options: argparse.Namespace) -> None:
+    from heliostat import local
+
+    home = local.locate(options.home)
+    cluster = local.start(home, free_ports=options.free_ports, report=_print_now)
+    print(f"\n{_render_status(cluster)}")
+
+
+def show_status(options: argparse.Namespace) -> int:
+    from heliostat import local
+
+    home = local.locate(options.home)
+    cluster = local.find(home)
+    if options.json:
+        print(json.dumps(_describe(cluster) if cluster else {"home": str(home.path), "parts": {}}))
+    elif cluster:
+        print(_render_status(cluster))
+    else:
+        print(f"Nothing runs in {home.path}: start it with `heliostat up`.")
+    return 0 if cluster else 1
+
+
+def print_env(options: argparse.Namespace) -> None:
+    from heliostat import local
+
+    home = local.locate(options.home)
+    cluster = local.find(home)
+    if cluster is None:
+        raise HeliostatError(f"nothing runs in {home.path}: start it with `heliostat up`")
+    for name in OTHER_CREDENTIALS:
+        print(f"unset {name}")
+    for name, value in cluster.env.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def down(options: argparse.Namespace) -> None:
+    from heliostat import local
+
+    home = local.locate(options.home)
+    began = time.monotonic()
+    ended = local.stop(home)
+    seconds = time.monotonic() - began
+    print(f"Stopped {len(ended)} processes in {seconds:.1f} s." if ended else "Nothing ran.")
+    if options.purge:
+        size_bytes = local.purge(home)
+        print(f"Removed {home.path}: objects, logs and secrets, {size_bytes / MIB:.1f} MiB.")
+    elif home.exists:
+        print(f"The data stays in {home.objects} (`heliostat down --purge` removes it).")
+
+
+def list_models(options: argparse.Namespace) -> None:
+    from heliostat import registry
+
+    store = _open_store(options)
+    models: dict[str, Model] = {
+        name: {
+            "versions": registry.list_versions(store, name),
+            "aliases": registry.list_aliases(store, name),
+        }
+        for name in registry.list_names(store)
+    }
+    if options.json:
+        print(json.dumps(models, default=asdict))
+    elif models:
+        print(_render_models(models))
+    else:
+        print(f"No model has been published to {options.root} yet.")
+
+
+def show_model(options: argparse.Namespace) -> None:
+    from heliostat import registry
+
+    lineage = registry.trace(_open_store(options), options.ref)
+    print(json.dumps(asdict(lineage)) if options.json else _render_lineage(lineage))
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="heliostat", description="From raw data in a bucket to answers over HTTP, on Ray."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_cluster_commands(commands)
+    _add_model_commands(commands)
+    return parser
+
+
+def _add_cluster_commands(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "up",
+        up,
+        "start an S3 store and a Ray head with Serve on this machine",
+        ["heliostat up", "heliostat up --free-ports --home /tmp/second"],
+    )
+    command.add_argument("--free-ports", action="store_true", help="choose ports that are free")
+    command = _add_command(
+        commands,
+        "status",
+        show_status,
+        "say what runs, where, and what it takes (exit status 1: nothing runs)",
+        ["heliostat status", "heliostat status --json | jq -r .serve_url"],
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_command(
+        commands,
+        "env",
+        print_env,
+        "print the variables that point a shell at the cluster",
+        ['eval "$(heliostat env)"'],
+    )
+    command = _add_command(
+        commands,
+        "down",
+        down,
+        "stop exactly what `heliostat up` started; the data stays",
+        ["heliostat down", "heliostat down --purge"],
+    )
+    command.add_argument("--purge", action="store_true", help="remove the data as well")
+
+
+def _add_model_commands(commands: Any) -> None:
+    models = _add_command(
+        commands,
+        "models",
+        list_models,
+        "list the published versions, or show where one came from",
+        ["heliostat models --root s3://my-bucket", "heliostat models show digits:3"],
+    )
+    models.add_argument("--root", default="s3://heliostat", metavar="URI", help="where they are")
+    models.add_argument("--json", action="store_true", help="print JSON")
+    show = models.add_subparsers(metavar="COMMAND").add_parser(
+        "show", help="walk from a version back to the shards it was trained on"
+    )
+    show.add_argument("ref", metavar="REF", help="NAME:NUMBER, NAME@ALIAS or NAME (its newest)")
+    # Both places may name these; SUPPRESS keeps what was given before the word `show`.
+    show.add_argument("--root", default=argparse.SUPPRESS, metavar="URI", help="where it is")
+    show.add_argument("--home", default=argparse.SUPPRESS, metavar="DIR", help="see models --help")
+    show.add_argument("--json", default=argparse.SUPPRESS, action="store_true", help="print JSON")
+    _explain(show, ["heliostat models show digits:3", "heliostat models show digits@production"])
+    show.set_defaults(run=show_model)
+
+
+def _add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    summary: str,
+    examples: list[str],
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
+    parser.add_argument(
+        "--home", metavar="DIR", help="the cluster's home (default: HELIOSTAT_HOME, ~/.heliostat)"
+    )
+    parser.set_defaults(run=run)
+    _explain(parser, examples)
+    return parser
+
+
+def _explain(parser: argparse.ArgumentParser, examples: list[str]) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n  ".join(["examples:", *examples])
+
+
+def _open_store(options: argparse.Namespace) -> "Store":
+    """The store at `--root`, at the laptop cluster of `--home` if no variable names another."""
+    from heliostat import local, storage
+
+    if not any(name in os.environ for name in STORE_VARIABLES):
+        cluster = local.find(local.locate(options.home))
+        os.environ.update(cluster.credentials if cluster else {})
+    return storage.connect(options.root)
+
+
+def _describe(cluster: "Cluster") -> dict[str, Any]:
+    from heliostat import local
+
+    usage = local.measure_usage(cluster)
+    return {
+        "home": str(cluster.home.path),
+        "root": cluster.root,
+        "s3_url": cluster.s3_url,
+        "dashboard_url": cluster.dashboard_url,
+        "serve_url": cluster.serve_url,
+        "gcs_address": cluster.gcs_address,
+        "bounds": asdict(cluster.state.bounds),
+        "parts": {name: asdict(part) for name, part in usage.items()},
+    }
+
+
+def _render_status(cluster: "Cluster") -> str:
+    from heliostat import local
+
+    usage = local.measure_usage(cluster)
+    bounds = cluster.state.bounds
+    path = shlex.quote(str(cluster.home.path))
+    flag = "" if cluster.home == local.locate() else f" --home {path}"
+    lines = [
+        ("S3 store", f"{cluster.s3_url}, bucket {cluster.root}"),
+        ("", _render_usage(usage.get("store"))),
+        ("Ray", f"{cluster.gcs_address}, dashboard {cluster.dashboard_url}"),
+        ("", _render_usage(usage.get("ray"))),
+        (
+            "",
+            f"{bounds.logical_cpus} logical CPUs, {bounds.memory_bytes / GIB:.1f} GiB of memory, "
+            f"{bounds.object_store_bytes / GIB:.1f} GiB for objects",
+        ),
+        ("Ray Serve", cluster.serve_url),
+        ("Home", str(cluster.home.path)),
+        ("Shell", f'eval "$(heliostat env{flag})"'),
+    ]
+    return "\n".join(f"{name:10} {text}" for name, text in lines)
+
+
+def _render_usage(usage: "Usage | None") -> str:
+    if usage is None:
+        return "does not run: `heliostat up` starts it again"
+    count = "1 process" if len(usage.pids) == 1 else f"{len(usage.pids)} processes"
+    more = " ..." if len(usage.pids) > SHOWN_PIDS else ""
+    pids = " ".join(map(str, usage.pids[:SHOWN_PIDS]))
+    return f"{count}, {usage.memory_bytes / MIB:.0f} MiB, pid {pids}{more}"
+
+
+def _render_models(models: dict[str, Model]) -> str:
+    rows = [
+        (
+            version.ref,
+            version.created,
+            _render_metrics(version.metrics),
+            " ".join(name for name, number in of["aliases"].items() if number == version.number),
+        )
+        for of in models.values()
+        for version in of["versions"]
+    ]
+    return _render_table(("version", "published", "metrics", "aliases"), rows)
+
+
+def _render_lineage(lineage: "Lineage") -> str:
+    version = lineage.version
+    counts = ", ".join(f"{count} {split}" for split, count in lineage.rows.items())
+    facts = [
+        ("version", f"{version.ref}, published {version.created}"),
+        ("weights", f"{version.weights_sha256}, {version.weights_bytes} bytes"),
+        ("metrics", _render_metrics(version.metrics)),
+        ("run", f"{version.run}, step {version.step}"),
+        ("code", version.code or "not stored"),
+        ("data", f"{version.data_name} {version.data_version}, rows: {counts or 'not known'}"),
+        ("source", lineage.source or "not known"),
+        *(("missing", key) for key in lineage.missing),
+    ]
+    shards = [(shard.split, shard.rows, shard.sha256[:16], shard.key) for shard in lineage.shards]
+    return "\n".join(
+        [
+            *(f"{name:8} {text}" for name, text in facts),
+            "",
+            _render_table(("split", "rows", "SHA-256", "shard"), shards),
+        ]
+    )
+
+
+def _render_metrics(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
+
+
+def _render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    table = [tuple(header), *(tuple(str(cell) for cell in row) for row in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
+
+
+def _print_now(line: str) -> None:
+    print(line, flush=True)
+
+
+def _unwind(signum: int, frame: object) -> NoReturn:
+    """SIGTERM ends like Ctrl-C, so that a half-started cluster is stopped."""
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

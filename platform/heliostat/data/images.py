@@ -1,0 +1,277 @@
+"""Images as raw data: PNG and JPEG files in class folders, and IDX files as MNIST has them."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from heliostat.data.features import BROKEN_IMAGE, IMAGE, decode_image, fit_image, open_image
+from heliostat.data.raw import (
+    Form,
+    Found,
+    ImageLayout,
+    Source,
+    Survey,
+    Unit,
+    open_raw,
+    raw_rows,
+    sort_labels,
+)
+from heliostat.errors import HeliostatError
+from heliostat.spec import DataSpec
+from heliostat.storage import Entry, Store
+
+HEADER_BYTES = 64 * 1024
+BATCH_BYTES = 16 * 1024 * 1024
+FILES_PER_UNIT = 1024
+UNIT_BYTES = 32 * 1024 * 1024
+PARALLEL_READS = 8
+ORIENTATION = 0x0112
+GREY_MODES = ("1", "L", "LA", "I", "I;16")
+MAX_SIDE, MIN_SIDE, SIDE_STEP = 64, 16, 8
+MAX_UNIFORM_PIXELS = 256 * 256
+IDX_UBYTE = 8
+MAX_IDX_SIDE = 16_384
+
+
+def _rows_per_batch(layout: ImageLayout) -> int:
+    return max(1, BATCH_BYTES // (layout.height * layout.width * layout.channels))
+
+
+# --- Files in class folders ----------------------------------------------------------------------
+
+
+def _split_files(source: Source) -> list[Unit]:
+    """Files one after another, until there are enough of them or of their bytes."""
+    units: list[list[tuple[str, int]]] = [[]]
+    unit_bytes = 0
+    for entry in source.entries:
+        unit_bytes += entry.size
+        if len(units[-1]) == FILES_PER_UNIT or unit_bytes > UNIT_BYTES:
+            units.append([])
+            unit_bytes = entry.size
+        units[-1].append((entry.key, entry.size))
+    return [{"files": files} for files in units]
+
+
+def _survey_files(store: Store, unit: Unit, data: DataSpec) -> Found:
+    """Sizes and colours, from the headers alone."""
+    if data.image_size and data.channels:
+        return {"sizes": [], "grey": 0}
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        heads = list(pool.map(lambda file: _read_header(store, *file), unit["files"]))
+    known = [head for head in heads if head]
+    sizes = Counter((height, width) for height, width, _ in known)
+    return {"sizes": list(sizes.items()), "grey": sum(grey for _, _, grey in known)}
+
+
+def _read_header(store: Store, key: str, size: int) -> tuple[int, int, bool] | None:
+    """Height, width and whether it is grey; None if the file is not a readable image."""
+    for length in (min(size, HEADER_BYTES), size):
+        try:
+            with open_image(store.read_range(key, 0, length)) as image:
+                upright = image.getexif().get(ORIENTATION, 1) < 5
+                height, width = image.size[::-1] if upright else image.size
+                return height, width, image.mode in GREY_MODES
+        except BROKEN_IMAGE:
+            continue
+    return None
+
+
+def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
+    sizes = Counter[tuple[int, int]]()
+    for part in found:
+        sizes.update({tuple(size): count for size, count in part["sizes"]})
+    grey, known = sum(part["grey"] for part in found), sizes.total()
+    (height, width), why_size = _choose_size(sizes, data)
+    channels, why_channels = _choose_channels(grey, known, data)
+    labels = {_folder(entry.key) for entry in source.entries} - {None}
+    return Survey(
+        ImageLayout(height, width, channels),
+        sort_labels([label for label in labels if label], f"{source.store.uri} (a folder a class)"),
+        len(source.entries),
+        height * width * channels,
+        (why_size, why_channels),
+    )
+
+
+def _choose_size(sizes: Counter[tuple[int, int]], data: DataSpec) -> tuple[tuple[int, int], str]:
+    if data.image_size:
+        height, width = data.image_size
+        return data.image_size, f"image size {height}x{width} - as data.image_size says"
+    if not sizes:
+        raise HeliostatError(f"no image under {data.source} can be read as PNG or JPEG")
+    height, width = next(iter(sizes))
+    if len(sizes) == 1 and height * width <= MAX_UNIFORM_PIXELS:
+        return (height, width), f"image size {height}x{width} - all images have it"
+    median = _median(Counter(min(size) for size in sizes.elements()))
+    side = max(MIN_SIDE, min(MAX_SIDE, median // SIDE_STEP * SIDE_STEP))
+    area = sorted(sizes, key=math.prod)
+    return (side, side), (
+        f"image size {side}x{side} - the median of {sizes.total():,} images from "
+        f"{area[0][0]}x{area[0][1]} to {area[-1][0]}x{area[-1][1]} (height x width) has a shorter "
+        f"side of {median}, at most {MAX_SIDE} is kept; set data.image_size to change it"
+    )
+
+
+def _choose_channels(grey: int, known: int, data: DataSpec) -> tuple[int, str]:
+    if data.channels:
+        return data.channels, f"channels {data.channels} - as data.channels says"
+    if grey == known:
+        return 1, "channels 1 - all images are grey"
+    return 3, f"channels 3 - {known - grey:,} of {known:,} images have colours"
+
+
+def _median(counts: Counter[int]) -> int:
+    return sorted(counts.elements())[counts.total() // 2]
+
+
+def _folder(key: str) -> str | None:
+    """The class of an image: the name of the folder that it lies in."""
+    return key.rpartition("/")[0].rpartition("/")[2] or None
+
+
+def _read_files(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Table]:
+    keys = [key for key, _ in unit["files"]]
+    size = _rows_per_batch(layout)
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        for start in range(0, len(keys), size):
+            batch = keys[start : start + size]
+            decoded = list(pool.map(lambda key: _read_file(store, key, layout), batch))
+            pixels, problems = zip(*decoded, strict=True)
+            labels = [_folder(key) for key in batch]
+            payload = {IMAGE: pa.array(pixels, layout.fields[IMAGE])}
+            yield raw_rows(layout, batch, batch, labels, problems, payload)
+
+
+def _read_file(store: Store, key: str, layout: ImageLayout) -> tuple[bytes | None, str | None]:
+    if _folder(key) is None:
+        return None, "not in a class folder"
+    try:
+        image = decode_image(store.read(key), layout.height, layout.width, layout.channels)
+    except ValueError as error:
+        return None, str(error)
+    return image.tobytes(), None
+
+
+# --- IDX -----------------------------------------------------------------------------------------
+
+
+def _split_idx(source: Source) -> list[Unit]:
+    """Pairs of an images and a labels file whose names differ in nothing else."""
+    images, labels = _by_pair(source.entries, "images"), _by_pair(source.entries, "labels")
+    for pair in images.keys() ^ labels.keys():
+        key = (images | labels)[pair]
+        raise HeliostatError(
+            f"{source.store.uri}/{key} has no partner: an IDX data set is a pair of files such as "
+            "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz"
+        )
+    return [{"images": images[pair], "labels": labels[pair]} for pair in sorted(images)]
+
+
+def _by_pair(entries: tuple[Entry, ...], kind: str) -> dict[str, str]:
+    matching = [entry.key for entry in entries if kind in entry.key.rpartition("/")[2]]
+    return {re.sub(rf"{kind}|idx\d|\.gz$", "", key): key for key in matching}
+
+
+def _survey_idx(store: Store, unit: Unit, data: DataSpec) -> Found:
+    with open_raw(store, unit["images"]) as stream:
+        count, *shape = _read_idx_header(store, unit["images"], stream, (3, 4))
+    labels = _read_idx_labels(store, unit["labels"])
+    if len(labels) != count:
+        raise HeliostatError(
+            f"{store.uri}/{unit['images']} has {count:,} images, "
+            f"but {unit['labels']} has {len(labels):,} labels"
+        )
+    return {"rows": count, "shape": shape, "labels": np.unique(labels).tolist()}
+
+
+def _settle_idx(source: Source, found: list[Found], data: DataSpec) -> Survey:
+    shapes = {tuple(part["shape"]) for part in found}
+    if len(shapes) > 1:
+        listed = " and ".join("x".join(map(str, shape)) for shape in sorted(shapes))
+        raise HeliostatError(f"{source.store.uri} has images of {listed}: give them one size each")
+    height, width, *rest = shapes.pop()
+    (height, width), why_size = _choose_size(Counter([(height, width)]), data)
+    colours = int(rest[:1] == [3])
+    channels, why_channels = _choose_channels(1 - colours, 1, data)
+    labels = {str(label) for part in found for label in part["labels"]}
+    return Survey(
+        ImageLayout(height, width, channels),
+        sort_labels(labels, source.store.uri),
+        sum(part["rows"] for part in found),
+        height * width * channels,
+        (why_size, why_channels),
+    )
+
+
+def _read_idx(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Table]:
+    key, labels = unit["images"], _read_idx_labels(store, unit["labels"])
+    size = _rows_per_batch(layout)
+    with open_raw(store, key) as stream:
+        count, *shape = _read_idx_header(store, key, stream, (3, 4))
+        fit = _fit_to(tuple(shape), layout)
+        for start in range(0, count, size):
+            rows = range(start, min(start + size, count))
+            pixels = _read_pixels(store, key, stream, len(rows), math.prod(shape))
+            images = [fit(image).tobytes() for image in pixels.reshape(-1, *shape)]
+            yield raw_rows(
+                layout,
+                [f"{key}#{row}" for row in rows],
+                [key] * len(rows),
+                labels[start : start + size].astype(str).tolist(),
+                [None] * len(rows),
+                {IMAGE: pa.array(images, layout.fields[IMAGE])},
+            )
+
+
+def _fit_to(
+    shape: tuple[int, ...], layout: ImageLayout
+) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    target = (layout.height, layout.width, layout.channels)
+    if (*shape, 1)[:3] == target:
+        return lambda image: image
+    return lambda image: fit_image(Image.fromarray(image.squeeze()), *target)
+
+
+def _read_pixels(
+    store: Store, key: str, stream: BinaryIO, rows: int, row_bytes: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    data = stream.read(rows * row_bytes)
+    if len(data) < rows * row_bytes:
+        raise HeliostatError(f"{store.uri}/{key} ends early: it has fewer images than it says")
+    return np.frombuffer(data, np.uint8)
+
+
+def _read_idx_labels(store: Store, key: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    with open_raw(store, key) as stream:
+        (count,) = _read_idx_header(store, key, stream, (1,))
+        labels = np.frombuffer(stream.read(count), np.uint8)
+    if len(labels) < count:
+        raise HeliostatError(f"{store.uri}/{key} ends early: it has fewer labels than it says")
+    return labels
+
+
+def _read_idx_header(
+    store: Store, key: str, stream: BinaryIO, dimensions: tuple[int, ...]
+) -> list[int]:
+    """The size of each dimension: four bytes each, after two zeros, the type and their number."""
+    magic = stream.read(4)
+    if len(magic) < 4 or magic[:3] != bytes((0, 0, IDX_UBYTE)) or magic[3] not in dimensions:
+        raise HeliostatError(
+            f"{store.uri}/{key} is not an IDX file of bytes: {magic!r} at its start"
+        )
+    sizes = [int.from_bytes(stream.read(4), "big") for _ in range(magic[3])]
+    if not all(0 < size <= MAX_IDX_SIDE for size in sizes[1:]):
+        raise HeliostatError(f"{store.uri}/{key} is an IDX file with a damaged header: {sizes}")
+    return sizes
+
+
+FILES = Form(_split_files, _survey_files, _settle_files, _read_files)
+IDX = Form(_split_idx, _survey_idx, _settle_idx, _read_idx)

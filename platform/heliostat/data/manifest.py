@@ -1,0 +1,159 @@
+"""What a prepared data set is: its shards by hash, its split, its labels and its statistics."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from heliostat.data.features import Features, features_from_json, features_to_json
+from heliostat.errors import HeliostatError
+from heliostat.spec import check_name, digest
+from heliostat.storage import Missing, Store
+
+SPLITS = ("train", "validation", "test")
+SHARD_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a shard: `sha256` is that of file[offset : offset + bytes]."""
+
+    offset: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of a shard that are read together; `sha256` is that of file[offset : offset + bytes]."""
+
+    offset: int
+    bytes: int
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of one split; its key holds its SHA-256."""
+
+    key: str
+    split: str
+    rows: int
+    bytes: int
+    sha256: str
+    footer: Span
+    groups: tuple[RowGroup, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A version of a data set: `rows` by split, `schema` by column, `report` of the cleaning."""
+
+    name: str
+    version: str
+    source: str
+    format: str
+    schema: dict[str, str]
+    labels: tuple[str, ...]
+    rows: dict[str, int]
+    features: Features
+    shards: tuple[Shard, ...]
+    spec: dict[str, Any]
+    report: dict[str, Any]
+
+    def shards_of(self, split: str) -> tuple[Shard, ...]:
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"features": features_to_json(self.features)}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Manifest":
+        fields = document | {
+            "labels": tuple(document["labels"]),
+            "features": features_from_json(document["features"]),
+            "shards": tuple(map(shard_from_json, document["shards"])),
+        }
+        return cls(**fields)
+
+
+def content_version(manifest: Manifest) -> str:
+    """16 hex digits over all that training sees; the data set's name and source are not part."""
+    document = manifest.to_json()
+    content = {key: document[key] for key in ("schema", "labels", "features", "rows", "shards")}
+    for shard in content["shards"]:
+        del shard["key"]
+    return digest(content | {"shard_format": SHARD_FORMAT})[:16]
+
+
+def data_key(name: str, *parts: str) -> str:
+    """The key of something that belongs to the data set `name`."""
+    return "/".join(("data", check_name(name), *parts))
+
+
+def load_manifest(store: Store, name: str, version: str | None = None) -> Manifest:
+    """The manifest of `version`, or of the only version there is.
+
+    Raises:
+        HeliostatError: no such version, several and none was chosen, or the manifest was changed
+            after it was written.
+    """
+    key = data_key(name, version or _only_version(store, name), "manifest.json")
+    try:
+        manifest = Manifest.from_json(json.loads(store.read(key)))
+    except Missing as error:
+        raise HeliostatError(
+            f"there is no version {version} of the data set {name} under {store.uri}, "
+            f"prepared are: {', '.join(_versions(store, name)) or 'none'}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise HeliostatError(f"{store.uri}/{key} is damaged: prepare the data again") from error
+    if content_version(manifest) != manifest.version:
+        raise HeliostatError(f"{store.uri}/{key} was changed after it was written: prepare again")
+    return manifest
+
+
+def check_shards(store: Store, manifest: Manifest) -> None:
+    """Check that every shard is stored with its size.
+
+    Raises:
+        HeliostatError: a shard is missing, empty, cut or replaced; names up to three.
+    """
+    sizes = {entry.key: entry.size for entry in store.list(data_key(manifest.name, "shards/"))}
+    wrong = [shard for shard in manifest.shards if sizes.get(shard.key) != shard.bytes]
+    if wrong:
+        named = "; ".join(_complain(shard, sizes.get(shard.key)) for shard in wrong[:3])
+        raise HeliostatError(
+            f"{len(wrong)} of {len(manifest.shards)} shards of {manifest.name}@{manifest.version} "
+            f"under {store.uri} cannot be used, prepare the data again: {named}"
+        )
+
+
+def _complain(shard: Shard, size: int | None) -> str:
+    state = "is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}"
+    return f"{shard.key} {state}"
+
+
+def shard_from_json(document: dict[str, Any]) -> Shard:
+    """The inverse of `dataclasses.asdict`."""
+    footer = Span(**document["footer"])
+    groups = tuple(RowGroup(**group) for group in document["groups"])
+    return Shard(**document | {"footer": footer, "groups": groups})
+
+
+def _only_version(store: Store, name: str) -> str:
+    versions = list(_versions(store, name))
+    if len(versions) != 1:
+        found = ", ".join(versions) or "none"
+        raise HeliostatError(
+            f"which version of the data set {name} under {store.uri}? Prepared are: {found}"
+        )
+    return versions[0]
+
+
+def _versions(store: Store, name: str) -> Iterator[str]:
+    for entry in store.list(data_key(name) + "/"):
+        version, _, file = entry.key.removeprefix(data_key(name) + "/").partition("/")
+        if file == "manifest.json":
+            yield version

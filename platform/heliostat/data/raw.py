@@ -1,0 +1,215 @@
+"""Raw data: which objects under a source hold rows, in which form, and what each form must tell."""
+
+import gzip
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from heliostat.data.features import IMAGE, parse_number
+from heliostat.data.shards import COLUMN_PREFIX
+from heliostat.errors import HeliostatError
+from heliostat.spec import DataSpec
+from heliostat.storage import Entry, Store, connect
+
+MAX_LABELS = 1000
+SUFFIXES = {
+    "images": re.compile(r"\.(png|jpe?g)$", re.IGNORECASE),
+    "idx": re.compile(r"idx\d-ubyte(\.gz)?$", re.IGNORECASE),
+    "csv": re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE),
+    "parquet": re.compile(r"\.(parquet|pq)$", re.IGNORECASE),
+}
+SURROGATES = re.compile(r"[\ud800-\udfff]")
+PARQUET_TYPES = {"numeric": pa.float64(), "category": pa.string()}
+RAW_COLUMNS = ("id", "object", "label", "problem")
+BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error)
+
+Unit = dict[str, Any]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The objects of one form under a source; `reason` says how the form was found."""
+
+    store: Store
+    form: str
+    entries: tuple[Entry, ...]
+    ignored: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Images of one size."""
+
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def fields(self) -> dict[str, pa.DataType]:
+        return {IMAGE: pa.binary(self.height * self.width * self.channels)}
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """The label's column and the kind, numeric or category, of each column that is kept."""
+
+    label: str
+    kinds: dict[str, str]
+
+    @property
+    def fields(self) -> dict[str, pa.DataType]:
+        return {COLUMN_PREFIX + name: PARQUET_TYPES[kind] for name, kind in self.kinds.items()}
+
+
+Layout = ImageLayout | TableLayout
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of the data before a row is read; `notes` are derived values with reasons."""
+
+    layout: Layout
+    labels: tuple[str, ...]
+    rows: int
+    row_bytes: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A raw form: work cut into units, a look at each unit, what follows, and the rows of a unit.
+
+    `read` yields tables of `raw_rows`, every row of a unit once, those with a problem included.
+    """
+
+    split: Callable[[Source], list[Unit]]
+    survey: Callable[[Store, Unit, DataSpec], Found]
+    settle: Callable[[Source, list[Found], DataSpec], Survey]
+    read: Callable[[Store, Unit, Any], Iterator[pa.Table]]
+
+
+def find_source(data: DataSpec) -> Source:
+    """List the source, an object or a prefix, and keep the objects of its one form.
+
+    Raises:
+        HeliostatError: there is nothing, nothing of a known form, or several forms.
+    """
+    store, entries = _list_objects(data.source)
+    visible = [entry for entry in entries if not _is_hidden(entry.key)]
+    if not visible:
+        raise HeliostatError(f"no objects under {store.uri}: check data.source")
+    unreadable = [entry.key for entry in visible if SURROGATES.search(entry.key)]
+    if unreadable:
+        raise HeliostatError(f"{store.uri}: the name {unreadable[0]!r} is not UTF-8: rename it")
+    by_form = {form: _matching(visible, pattern) for form, pattern in SUFFIXES.items()}
+    form, reason = _choose_form(data, store.uri, visible, by_form)
+    kept = by_form[form] or visible
+    return Source(store, form, tuple(kept), len(entries) - len(kept), reason)
+
+
+def raw_rows(
+    layout: Layout,
+    ids: Sequence[str],
+    objects: Sequence[str],
+    labels: pa.Array | Sequence[str | None],
+    problems: Sequence[str | None],
+    payload: dict[str, pa.Array],
+) -> pa.Table:
+    """Rows as read: id, the object they come from, label, problem (None if good), payload."""
+    texts = zip(RAW_COLUMNS, (ids, objects, labels, problems), strict=True)
+    columns = {name: pa.array(values, pa.string()) for name, values in texts}
+    return pa.table(columns | payload, schema=raw_schema(layout))
+
+
+def raw_schema(layout: Layout) -> pa.Schema:
+    """The columns of `raw_rows` with their types."""
+    return pa.schema(dict.fromkeys(RAW_COLUMNS, pa.string()) | layout.fields)
+
+
+def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
+    """Label names in order: by number if all are numbers.
+
+    Raises:
+        HeliostatError: fewer than two, or so many that they cannot be classes.
+    """
+    names = sorted(set(labels))
+    if len(names) > MAX_LABELS:
+        raise HeliostatError(
+            f"{source} has more than {MAX_LABELS:,} different labels, such as {names[0]!r} and "
+            f"{names[1]!r}: classes are needed, set data.label to a column that has them"
+        )
+    if len(names) < 2:
+        found = f"only the class {names[0]!r}" if names else "no labels"
+        raise HeliostatError(f"{source} has {found}: at least two classes are needed")
+    numbers = {name: parse_number(name) for name in names}
+    if None not in numbers.values():
+        names.sort(key=lambda name: (cast(float, numbers[name]), name))
+    return tuple(names)
+
+
+@contextmanager
+def open_raw(store: Store, key: str) -> Iterator[BinaryIO]:
+    """An object as a stream, unpacked if its content is gzip.
+
+    Raises:
+        HeliostatError: the packed content is damaged or cut.
+    """
+    with store.open(key) as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+    try:
+        with store.open(key) as stream:
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if packed else stream
+    except BROKEN_STREAM as error:
+        raise HeliostatError(f"{store.uri}/{key} is not a whole gzip file: {error}") from error
+
+
+def _list_objects(uri: str) -> tuple[Store, list[Entry]]:
+    store = connect(uri)
+    entries = list(store.list())
+    parent, _, name = store.uri.rpartition("/")
+    if entries or not parent.rstrip("/") or parent.endswith("/"):
+        return store, entries
+    folder = connect(parent)
+    entry = folder.stat(name)
+    return (folder, [entry]) if entry else (store, [])
+
+
+def _is_hidden(key: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in key.split("/"))
+
+
+def _matching(entries: list[Entry], pattern: re.Pattern[str]) -> list[Entry]:
+    return [entry for entry in entries if pattern.search(entry.key)]
+
+
+def _choose_form(
+    data: DataSpec, uri: str, visible: list[Entry], by_form: dict[str, list[Entry]]
+) -> tuple[str, str]:
+    if data.format != "auto":
+        return data.format, "as data.format says"
+    found = {form: len(entries) for form, entries in by_form.items() if entries}
+    if len(found) == 1:
+        form, count = found.popitem()
+        return form, f"by the names of {count:,} of {len(visible):,} objects"
+    if found:
+        counts = ", ".join(f"{count:,} of {form}" for form, count in found.items())
+        raise HeliostatError(f"{uri} holds {counts}: set data.format to the one that is meant")
+    suffixes = Counter(_suffix(entry.key) for entry in visible).most_common(5)
+    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
+    raise HeliostatError(
+        f"{uri} holds no PNG, JPEG, IDX, CSV or Parquet files, but {counts}: "
+        "set data.format if they are one of these under another name"
+    )
+
+
+def _suffix(key: str) -> str:
+    name = key.rpartition("/")[2]
+    return f"*.{name.rpartition('.')[2]}" if "." in name else "without a suffix"

@@ -1,0 +1,186 @@
+"""Shards: which one a row belongs to, how one is written, how a part is read and trusted."""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from heliostat.data.features import IMAGE, Columns, Features, ImageFeatures, NumericColumn
+from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
+from heliostat.errors import HeliostatError
+from heliostat.spec import SplitSpec
+from heliostat.storage import Store
+
+COLUMN_PREFIX = "x."
+ORDER_BITS = 60
+REJECTED = len(SPLITS) << ORDER_BITS
+TAIL_BYTES = 8
+
+
+def split_of(row_id: str, key: str, seed: int, split: SplitSpec) -> str:
+    """The split of a row of the object `key`: a pure function of id, seed and shares."""
+    if is_test_file(key, split):
+        return "test"
+    test = split.test if split.test_files is None else 0.0
+    fraction = _hash(row_id, seed)[0] / 2**64
+    if fraction < test:
+        return "test"
+    return "validation" if fraction < test + split.validation else "train"
+
+
+def is_test_file(key: str, split: SplitSpec) -> bool:
+    """Whether all rows of the object `key` are test rows."""
+    return split.test_files is not None and fnmatchcase(key, split.test_files)
+
+
+def order_of(row_id: str, key: str, seed: int, split: SplitSpec) -> int:
+    """Where a row stands among all rows: by split, then by a hash of 60 bits."""
+    index = SPLITS.index(split_of(row_id, key, seed, split))
+    return index << ORDER_BITS | _hash(row_id, seed)[1] >> 64 - ORDER_BITS
+
+
+def cut_points(num_shards: Mapping[str, int]) -> list[int]:
+    """The orders at which a new shard begins, `num_shards` of them by split; then the bad rows."""
+    return [
+        index << ORDER_BITS | (part << ORDER_BITS) // num_shards[split]
+        for index, split in enumerate(SPLITS)
+        for part in range(num_shards[split])
+    ] + [REJECTED]
+
+
+def split_at(order: int) -> str:
+    """The split that a row with this order belongs to."""
+    return SPLITS[order >> ORDER_BITS]
+
+
+def write_shard(table: pa.Table, rows_per_group: int) -> tuple[bytes, Span, tuple[RowGroup, ...]]:
+    """A Parquet file, the digest of its footer and one per row group; equal rows, equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.combine_chunks(),
+        sink,
+        row_group_size=rows_per_group,
+        compression="zstd",
+        use_dictionary=[name for name in table.column_names if name.startswith(COLUMN_PREFIX)],
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
+    )
+    data = sink.getvalue().to_pybytes()
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    footer_bytes = int.from_bytes(data[-TAIL_BYTES:-4], "little") + TAIL_BYTES
+    return (
+        data,
+        _span(data, len(data) - footer_bytes, footer_bytes),
+        tuple(_describe_group(data, group) for group in groups),
+    )
+
+
+def read_group(store: Store, shard: Shard, index: int, verify: bool = True) -> pa.Table:
+    """The rows of one row group, from one ranged read of the footer and one of the group.
+
+    Raises:
+        HeliostatError: the shard is missing or short, or its bytes are not those of the manifest.
+    """
+    group = shard.groups[index]
+    part = f"row group {index}"
+    footer = _read_footer(store, shard.key, shard.footer, verify)  # type: ignore[arg-type]
+    data = _read_span(store, shard.key, Span(group.offset, group.bytes, group.sha256), part, verify)
+    source = _Window(data, group.offset, shard.bytes)
+    return pq.ParquetFile(source, metadata=footer, pre_buffer=False).read_row_group(index)
+
+
+def to_columns(features: Features, table: pa.Table) -> Columns:
+    """The columns that `encode` takes, from rows of a shard."""
+    if isinstance(features, ImageFeatures):
+        shape = (-1, features.height, features.width, features.channels)
+        return {IMAGE: image_bytes(table).reshape(shape)}
+    return {
+        column.name: table[COLUMN_PREFIX + column.name].to_numpy(zero_copy_only=False)
+        if isinstance(column, NumericColumn)
+        else np.array(table[COLUMN_PREFIX + column.name].to_pylist(), dtype=object)
+        for column in features.columns
+    }
+
+
+def image_bytes(table: pa.Table) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """The pixels of a shard's rows, (rows, height * width * channels), without a copy if it can."""
+    column = table[IMAGE].combine_chunks()
+    width = column.type.byte_width
+    if not len(column):
+        return np.empty((0, width), np.uint8)
+    pixels = np.frombuffer(column.buffers()[1], np.uint8)
+    return pixels[column.offset * width :][: len(column) * width].reshape(len(column), width)
+
+
+def _hash(row_id: str, seed: int) -> tuple[int, int]:
+    """Two independent integers of 64 bits: the first decides the split, the second the order."""
+    hashed = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=16).digest()
+    return int.from_bytes(hashed[:8], "big"), int.from_bytes(hashed[8:], "big")
+
+
+def _describe_group(data: bytes, group: pq.RowGroupMetaData) -> RowGroup:
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+    ends = [
+        start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)
+    ]
+    span = _span(data, min(starts), max(ends) - min(starts))
+    return RowGroup(span.offset, span.bytes, group.num_rows, span.sha256)
+
+
+def _span(data: bytes, offset: int, length: int) -> Span:
+    part = memoryview(data)[offset : offset + length]
+    return Span(offset, length, hashlib.sha256(part).hexdigest())
+
+
+@lru_cache(maxsize=256)
+def _read_footer(store: Store, key: str, footer: Span, verify: bool) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(_read_span(store, key, footer, "footer", verify)))
+
+
+def _read_span(store: Store, key: str, span: Span, part: str, verify: bool) -> bytes:
+    try:
+        data = store.read_range(key, span.offset, span.bytes)
+    except HeliostatError as error:
+        raise HeliostatError(f"{part} of a shard cannot be read: {error}") from error
+    if verify and hashlib.sha256(data).hexdigest() != span.sha256:
+        raise HeliostatError(
+            f"the bytes of {part} of {store.uri}/{key} are not those that were written: "
+            "delete the object and prepare the data again"
+        )
+    return data
+
+
+class _Window(io.RawIOBase):
+    """A file of `size` bytes of which only those from `offset` on are here."""
+
+    def __init__(self, data: bytes, offset: int, size: int) -> None:
+        self._data, self._offset, self._size, self._position = memoryview(data), offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._position - self._offset
+        stop = len(self._data) if size is None or size < 0 else start + size
+        part = bytes(self._data[start:stop])
+        self._position += len(part)
+        return part

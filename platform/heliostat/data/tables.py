@@ -1,0 +1,398 @@
+"""Tables as raw data: CSV and Parquet, whose columns are numbers, categories or the label."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from heliostat.data.features import MAX_NUMBER, clean_text, parse_number
+from heliostat.data.raw import (
+    MAX_LABELS,
+    SURROGATES,
+    Form,
+    Found,
+    Source,
+    Survey,
+    TableLayout,
+    Unit,
+    open_raw,
+    raw_rows,
+    sort_labels,
+)
+from heliostat.data.shards import COLUMN_PREFIX
+from heliostat.errors import HeliostatError
+from heliostat.spec import DataSpec
+from heliostat.storage import Store
+
+BATCH_ROWS = 4096
+NUMERIC_SHARE = 0.95
+DELIMITERS = ",;\t|"
+MAX_FIELD_CHARACTERS = 16 * 1024 * 1024
+WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0*")
+NUMERIC_TYPES = ("is_integer", "is_floating", "is_decimal", "is_timestamp", "is_date")
+TEXT_TYPES = ("is_string", "is_large_string", "is_string_view")
+CATEGORY_OR_NUMERIC = ("numeric", "category")
+CATEGORY_TYPES = (*TEXT_TYPES, "is_boolean", "is_null")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one object: their numbers in it, their problems so far, their columns as found."""
+
+    rows: list[int]
+    problems: list[str | None]
+    columns: dict[str, pa.Array]
+
+
+def _split_tables(source: Source) -> list[Unit]:
+    return [{"key": entry.key} for entry in source.entries]
+
+
+def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: DataSpec) -> Survey:
+    """What follows from the surveys of all files and the kind of each column by its content."""
+    _check_same_columns(source.store.uri, found)
+    if data.label not in kinds:
+        raise HeliostatError(
+            f"data.label is {data.label!r}: set it to the column of {source.store.uri} that is to "
+            f"be predicted, one of {', '.join(filter(None, kinds))}"
+        )
+    kept = _keep_columns(kinds, data)
+    rows = sum(part["rows"] for part in found)
+    labels = {label for part in found for label in part["labels"]}
+    return Survey(
+        TableLayout(data.label, kept),
+        sort_labels(labels, f"the column {data.label} of {source.store.uri}"),
+        rows,
+        sum(entry.size for entry in source.entries) / max(rows, 1),
+        tuple(_describe_columns(kinds, kept)),
+    )
+
+
+def _check_same_columns(uri: str, found: list[Found]) -> None:
+    first = found[0]
+    for part in found[1:]:
+        if part["types"] != first["types"]:
+            ours, theirs = first["types"].items(), part["types"].items()
+            raise HeliostatError(
+                f"the tables under {uri} differ: {first['key']} has {_list_types(ours - theirs)} "
+                f"where {part['key']} has {_list_types(theirs - ours)}"
+            )
+
+
+def _list_types(types: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in sorted(types)) or "nothing"
+
+
+def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
+    features = {name: kind for name, kind in kinds.items() if name not in ("", data.label)}
+    if unknown := data.columns.keys() - features.keys():
+        raise HeliostatError(
+            f"data.columns names {', '.join(sorted(unknown))}, but the columns beside the label "
+            f"are {', '.join(features)}"
+        )
+    chosen = features | data.columns
+    kept = {name: kind for name, kind in chosen.items() if kind != "ignore"}
+    for name, kind in kept.items():
+        if features[name] not in CATEGORY_OR_NUMERIC:
+            raise HeliostatError(
+                f"the column {name} has the type {kind}, which is neither a number nor a text: "
+                f"set data.columns.{name}=ignore"
+            )
+    if not kept:
+        raise HeliostatError(f"{data.source} has no column beside {data.label} to learn from")
+    return kept
+
+
+def _describe_columns(kinds: dict[str, str], kept: dict[str, str]) -> Iterator[str]:
+    for kind in CATEGORY_OR_NUMERIC:
+        names = [name for name in kept if kept[name] == kind]
+        if names:
+            yield f"{kind} columns: {', '.join(names)}; set data.columns to change it"
+    if "" in kinds:
+        yield "a column without a name is ignored"
+
+
+# --- Cleaning ------------------------------------------------------------------------------------
+
+
+def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
+    """The rows of a batch in their final types; what cannot be used is named as a problem."""
+    problems = list(batch.problems)
+    labels = _to_labels(batch.columns[layout.label])
+    _mark(problems, labels.is_null(), "the label is missing")
+    payload: dict[str, pa.Array] = {}
+    for name, kind in layout.kinds.items():
+        column = batch.columns[name]
+        if kind == "numeric":
+            values, wrong = _to_numbers(column)
+            _mark(problems, wrong, f"column {name} is not a number of at most {MAX_NUMBER:g}")
+        else:
+            values = _to_texts(column)
+        payload[COLUMN_PREFIX + name] = values
+    ids = [f"{key}#{row}" for row in batch.rows]
+    return raw_rows(layout, ids, [key] * len(ids), labels, problems, payload)
+
+
+def _mark(problems: list[str | None], where: pa.Array, problem: str) -> None:
+    for index in np.flatnonzero(where.to_numpy(zero_copy_only=False)):
+        problems[index] = problems[index] or problem
+
+
+def _to_texts(column: pa.Array) -> pa.Array:
+    """Strings, null where missing."""
+    if pa.types.is_floating(column.type):
+        texts = [_number_text(value) for value in column.to_pylist()]
+        return pa.array(texts, pa.string())
+    if not _is_one_of(column.type, TEXT_TYPES):
+        return column.cast(pa.string())
+    cleaned = [value if value is None else clean_text(value) for value in column.to_pylist()]
+    return pa.array(cleaned, pa.string())
+
+
+def _number_text(value: float | None) -> str | None:
+    if value is None or math.isnan(value):
+        return None
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _to_labels(column: pa.Array) -> pa.Array:
+    """Texts in which a whole number is written without a decimal point."""
+    texts = _to_texts(column).to_pylist()
+    whole = [text and (match := WHOLE_NUMBER.fullmatch(text)) and match[1] for text in texts]
+    return pa.array([short or text for short, text in zip(whole, texts, strict=True)], pa.string())
+
+
+def _to_numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Numbers, null where missing, and where there is something that is no finite number."""
+    if _is_one_of(column.type, TEXT_TYPES):
+        texts = _to_texts(column)
+        parsed = [text if text is None else parse_number(text) for text in texts.to_pylist()]
+        numbers = pa.array(parsed, pa.float64())
+        return numbers, pc.and_(texts.is_valid(), numbers.is_null())
+    numbers = _cast_numbers(column)
+    numbers = pc.if_else(pc.is_nan(numbers), pa.scalar(None, pa.float64()), numbers)
+    return numbers, pc.fill_null(pc.greater(pc.abs(numbers), MAX_NUMBER), False)
+
+
+def _cast_numbers(column: pa.Array) -> pa.Array:
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        microseconds = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+        return pc.divide(microseconds.cast(pa.float64(), safe=False), 1e6)
+    return column.cast(pa.float64(), safe=False)
+
+
+def _is_one_of(kind: pa.DataType, predicates: tuple[str, ...]) -> bool:
+    return any(getattr(pa.types, predicate)(kind) for predicate in predicates)
+
+
+def _distinct(labels: set[str], column: pa.Array) -> set[str]:
+    """`labels` and those in `column`; it stops growing where they cannot be classes any more."""
+    if len(labels) > MAX_LABELS:
+        return labels
+    return labels | set(filter(None, pc.unique(_to_labels(column)).to_pylist()))
+
+
+# --- CSV -----------------------------------------------------------------------------------------
+
+
+def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
+    """How many values of each column there are, and how many of them are numbers."""
+    rows, labels = 0, set[str]()
+    with _open_csv(store, unit["key"]) as (header, batches):
+        counts = {name: np.zeros(2, np.int64) for name in header}
+        for batch in batches:
+            rows += len(batch.rows)
+            for name, column in batch.columns.items():
+                counts[name] += _count_numbers(column)
+            if data.label in header:
+                labels = _distinct(labels, batch.columns[data.label])
+    return {
+        "key": unit["key"],
+        "types": dict.fromkeys(header, "text"),
+        "counts": {name: count.tolist() for name, count in counts.items()},
+        "labels": sorted(labels),
+        "rows": rows,
+    }
+
+
+def _count_numbers(column: pa.Array) -> tuple[int, int]:
+    numbers, wrong = _to_numbers(column)
+    present = len(column) - numbers.null_count
+    return present + pc.sum(wrong, min_count=0).as_py(), present
+
+
+def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
+    kinds = {}
+    for name in found[0]["types"]:
+        counts = [part["counts"].get(name, (0, 0)) for part in found]
+        present, numbers = (sum(count) for count in zip(*counts, strict=True))
+        is_numeric = present and numbers >= NUMERIC_SHARE * present
+        kinds[name] = "numeric" if is_numeric else "category"
+    return _settle(source, found, kinds, data)
+
+
+def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
+    with _open_csv(store, unit["key"]) as (_, batches):
+        for batch in batches:
+            yield _clean(batch, unit["key"], layout)
+
+
+@contextmanager
+def _open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch]]]:
+    """The names of the columns, and the rows below them as text."""
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    with open_raw(store, key) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        first = text.readline()
+        delimiter = max(DELIMITERS, key=first.count)
+        reader = csv.reader(chain([first], text), delimiter=delimiter, skipinitialspace=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            _check_header(header, f"{store.uri}/{key}")
+            yield header, _batches(header, reader)
+        except csv.Error as error:
+            raise HeliostatError(f"{store.uri}/{key}, line {reader.line_num}: {error}") from error
+
+
+def _check_header(header: list[str], place: str) -> None:
+    names = [name for name in header if name]
+    if any(SURROGATES.search(name) or "\0" in name for name in names):
+        raise HeliostatError(f"{place} is not UTF-8 text: save it as UTF-8")
+    if not names:
+        raise HeliostatError(f"{place} is empty: its first line must name the columns")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise HeliostatError(f"{place} names the column {twice} twice: rename one")
+    if all(parse_number(name) is not None for name in names):
+        raise HeliostatError(
+            f"{place} begins with {names[0]}: its first line must name the columns"
+        )
+
+
+def _batches(header: list[str], lines: Iterator[list[str]]) -> Iterator[Batch]:
+    numbered = enumerate(line for line in lines if line)
+    while batch := list(islice(numbered, BATCH_ROWS)):
+        problems = [_find_problem(line, len(header)) for _, line in batch]
+        blank = [""] * len(header)
+        cells = [
+            blank if problem else line for (_, line), problem in zip(batch, problems, strict=True)
+        ]
+        columns = map(pa.array, zip(*cells, strict=True))
+        rows = [row for row, _ in batch]
+        yield Batch(rows, problems, dict(zip(header, columns, strict=True)))
+
+
+def _find_problem(line: list[str], fields: int) -> str | None:
+    if len(line) != fields:
+        return f"{len(line)} fields instead of {fields}"
+    return "not UTF-8 text" if SURROGATES.search("".join(line)) else None
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
+    """Names and types of the columns; only the label's values are read."""
+    with _open_parquet(store, unit["key"]) as file:
+        types = {field.name: _plain_type(field.type) for field in file.schema_arrow}
+        _check_names(file.schema_arrow.names, f"{store.uri}/{unit['key']}")
+        labels = set[str]()
+        if data.label in types and _kind_of(types[data.label]) in CATEGORY_OR_NUMERIC:
+            for batch in file.iter_batches(BATCH_ROWS, columns=[data.label]):
+                labels = _distinct(labels, _plain(batch.column(data.label)))
+    return {
+        "key": unit["key"],
+        "types": {name: str(kind) for name, kind in types.items()},
+        "kinds": {name: _kind_of(kind) for name, kind in types.items()},
+        "labels": sorted(labels),
+        "rows": file.metadata.num_rows,
+    }
+
+
+def _check_names(names: list[str], place: str) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise HeliostatError(f"{place} names the column {twice} twice: rename one")
+
+
+def _settle_parquet(source: Source, found: list[Found], data: DataSpec) -> Survey:
+    return _settle(source, found, found[0]["kinds"], data)
+
+
+def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
+    names = [layout.label, *layout.kinds]
+    start = 0
+    with _open_parquet(store, unit["key"]) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=names):
+            rows = list(range(start, start := start + batch.num_rows))
+            columns = {name: _plain(batch.column(name)) for name in names}
+            yield _clean(Batch(rows, [None] * len(rows), columns), unit["key"], layout)
+
+
+@contextmanager
+def _open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+    entry = store.stat(key)
+    try:
+        stream = _StoredFile(store, key, entry.size if entry else 0)
+        with pq.ParquetFile(stream, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise HeliostatError(
+            f"{store.uri}/{key} is not a readable Parquet file: {error}"
+        ) from error
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _kind_of(kind: pa.DataType) -> str:
+    """numeric, category, or the name of a type that is neither."""
+    if _is_one_of(kind, NUMERIC_TYPES):
+        return "numeric"
+    return "category" if _is_one_of(kind, CATEGORY_TYPES) else str(kind)
+
+
+class _StoredFile(io.RawIOBase):
+    """A stored object as a file that can be read from any place."""
+
+    def __init__(self, store: Store, key: str, size: int) -> None:
+        self._store, self._key, self._size, self._position = store, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._position))
+        buffer[:count] = self._store.read_range(self._key, self._position, count)
+        self._position += count
+        return count
+
+
+CSV = Form(_split_tables, _survey_csv, _settle_csv, _read_csv)
+PARQUET = Form(_split_tables, _survey_parquet, _settle_parquet, _read_parquet)

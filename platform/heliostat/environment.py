@@ -1,0 +1,104 @@
+"""The settings, ports and machine bounds that every Ray of Heliostat starts with, as values."""
+
+from dataclasses import dataclass
+
+from heliostat.errors import HeliostatError
+
+GIB = 2**30
+MIN_LOGICAL_CPUS = 4
+STORE_PORT_OFFSET = 10_000
+REPLICA_PORTS = 100
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The four ports a user meets, the hidden ones beside them and the first of 100 for replicas.
+
+    Every port of the object store (`s3` and `store_*`) takes the port 10,000 above it as well.
+    """
+
+    s3: int = 8333
+    dashboard: int = 8265
+    gcs: int = 6379
+    serve: int = 8000
+    store_master: int = 0
+    store_volume: int = 0
+    store_filer: int = 0
+    store_admin: int = 0
+    ray_client: int = 0
+    autoscaler_metrics: int = 0
+    dashboard_metrics: int = 0
+    serve_fallback: int = 0
+    serve_metrics: int = 0
+    serve_stats: int = 0
+    replicas: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable of the Ray processes and why it is not left at its default."""
+
+    name: str
+    value: str
+    reason: str
+
+
+REQUIRED = (
+    Setting("RAY_AUTH_MODE", "token", "`ray start` leaves authentication off in Ray 2.60"),
+    Setting("RAY_SERVE_ENABLE_HA_PROXY", "1", "the Python proxy serves a sixth of the requests"),
+    Setting("RAY_USAGE_STATS_ENABLED", "0", "nothing is reported to anybody"),
+    Setting("SPT_NOENV", "1", "process titles must not overwrite what `down` knows its own by"),
+)
+TUNED = (
+    Setting("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1", "user code in the replica's own event loop"),
+    Setting("RAY_JOB_STOP_WAIT_TIME_S", "30", "a stopped job may finish its checkpoint, not 3 s"),
+    Setting("RAY_health_check_initial_delay_ms", "5000", "a node is watched once it is up"),
+    Setting("RAY_health_check_period_ms", "1000", "a dead node is found after 3 refused checks"),
+    Setting("RAY_health_check_timeout_ms", "5000", "a busy node of two cores is not a dead one"),
+    Setting("RAY_health_check_failure_threshold", "3", "3 s for a dead node, 18 s for a hung one"),
+)
+TRAIN = (
+    Setting("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5", "what the end of a run waits for"),
+    Setting("RAY_TRAIN_ENABLE_PRINT_PATCH", "0", "a worker's line appears once in the job's log"),
+)
+LOOPBACK = (
+    Setting("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0", "a laptop's Ray listens on 127.0.0.1 only"),
+)
+
+
+@dataclass(frozen=True)
+class MachineBounds:
+    """What a Ray node may use of its machine; bytes."""
+
+    logical_cpus: int
+    object_store_bytes: int
+    memory_bytes: int
+
+
+def bound_machine(cores: int, memory_bytes: int) -> MachineBounds:
+    """The share of a machine with `cores` and `memory_bytes` that goes to Ray.
+
+    At least 4 logical CPUs: with 2, two training workers take both and Ray Data waits for ever.
+    A fifth of the memory, at most 8 GiB, holds objects; half is for tasks and actors.
+    """
+    return MachineBounds(
+        logical_cpus=max(MIN_LOGICAL_CPUS, cores),
+        object_store_bytes=min(memory_bytes // 5, 8 * GIB),
+        memory_bytes=memory_bytes // 2,
+    )
+
+
+def check_cpus(cluster_cpus: int, workers: int, cpus_per_worker: int) -> None:
+    """Refuse a training run whose workers leave no CPU for reading data.
+
+    Raises:
+        HeliostatError: the workers take every CPU, so Ray Data would wait for ever in silence.
+    """
+    taken = workers * cpus_per_worker
+    if taken < cluster_cpus:
+        return
+    raise HeliostatError(
+        f"train.workers={workers} x {cpus_per_worker} CPU take {taken} of the {cluster_cpus} CPUs "
+        f"of the cluster and leave none for reading data: use at most "
+        f"{(cluster_cpus - 1) // cpus_per_worker} workers or a larger cluster"
+    )

@@ -1,0 +1,110 @@
+"""A Ray head with Serve on it: with which environment it is launched and when it is up."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from heliostat.environment import LOOPBACK, REPLICA_PORTS, REQUIRED, TUNED, Ports
+from heliostat.errors import HeliostatError
+from heliostat.local import processes
+from heliostat.local.home import Home, State
+
+READY_SECONDS = 180.0
+
+
+def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[str, str]:
+    """The environment of every Ray process; jobs, workers and replicas inherit `credentials`.
+
+    What the user's environment says about a tuned setting wins over our table.
+    """
+    return {
+        **{setting.name: setting.value for setting in TUNED},
+        **processes.clean_environment(),
+        **{setting.name: setting.value for setting in (*REQUIRED, *LOOPBACK)},
+        **credentials,
+        **_place(state.ports, state.scratch),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
+def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Run `ray start --head`, which ends when the node is registered."""
+    options = {
+        "port": state.ports.gcs,
+        "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": state.ports.dashboard,
+        "ray-client-server-port": state.ports.ray_client,
+        "dashboard-agent-listen-port": 0,
+        "metrics-export-port": 0,
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "num-cpus": state.bounds.logical_cpus,
+        "memory": state.bounds.memory_bytes,
+        "object-store-memory": state.bounds.object_store_bytes,
+        "temp-dir": state.scratch,
+    }
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head"]
+    command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
+    return processes.launch(_marker(state), command, environment, home.ray_log)
+
+
+def launch_serve(
+    home: Home, state: State, environment: Mapping[str, str]
+) -> "subprocess.Popen[bytes]":
+    """Import Ray Serve, beside the start of Ray, in a process that waits for `let_serve_start`."""
+    address = f"127.0.0.1:{state.ports.gcs}"
+    command = [sys.executable, "-P", "-m", "heliostat.local.ingress", address]
+    command += [str(state.ports.serve)]
+    return processes.launch(
+        _marker(state), command, environment, home.serve_log, stdin=subprocess.PIPE
+    )
+
+
+def let_serve_start(driver: "subprocess.Popen[bytes]") -> None:
+    assert driver.stdin is not None
+    driver.stdin.close()
+
+
+def await_end(command: "subprocess.Popen[bytes]", what: str, log: Path) -> None:
+    """Wait until `command` has done its work.
+
+    Raises:
+        HeliostatError: it failed or took too long; quotes the last line of its log.
+    """
+    try:
+        failed = command.wait(READY_SECONDS) != 0
+    except subprocess.TimeoutExpired:
+        failed = True
+    if failed:
+        lines = log.read_text(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing logged")
+        raise HeliostatError(f"{what} did not start: {last} (the whole log is {log})")
+
+
+def _marker(state: State) -> str:
+    return f"{state.instance}.ray"
+
+
+def _place(ports: Ports, scratch: Path) -> dict[str, str]:
+    """Ports of this cluster's own, and HAProxy's world-writable admin socket in private scratch.
+
+    Serve puts HAProxy's files into a folder named after the node, and HAProxy takes no socket path
+    above 97 characters: there is no room for a folder of ours between the two.
+    """
+    return {
+        "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+        "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.serve_metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.serve_stats),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.serve_fallback),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas + REPLICA_PORTS),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{scratch}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{scratch}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{scratch}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{scratch}/server-state",
+    }

@@ -1,0 +1,234 @@
+"""Puts versions on the cluster: one Serve application that serves what the bucket's table says."""
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import Field
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.dashboard.utils import get_address_for_submission_client
+from ray.serve.config import BackpressureConfig
+from ray.serve.schema import LoggingConfig
+
+from heliostat import registry
+from heliostat.code import store_code
+from heliostat.errors import HeliostatError
+from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
+from heliostat.storage import Conflict, Missing, Store, connect
+
+APPLICATION = "heliostat"
+TABLE_KEY = "serving/heliostat.json"
+START_SECONDS = 60
+POLL_SECONDS = 0.5
+MAX_REASON_CHARS = 600
+HTTP_OPTIONS = {"host": "127.0.0.1", "port": 8000}
+REASON = re.compile(r"^[\w.]+(?:Error|Exception|Missing): ", re.MULTILINE)
+
+
+class Table(Section):
+    """What is deployed: the version number of each model, and how all of them are served."""
+
+    models: dict[str, Positive] = Field(default_factory=dict)
+    deploy: DeploySpec = DeploySpec()
+    code: str = ""
+
+
+class Plan(Section):
+    """What a replica needs to know; a change of it replaces the replicas."""
+
+    root: str
+    models: dict[str, Positive]
+    max_body_bytes: Positive
+    max_requests: Positive
+    request_timeout_s: float
+
+
+class Replica:
+    """A process that loads every model of a plan and answers for them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from heliostat.serve.app import Limits, build_app, load
+
+        plan, store = self.plan, connect(self.plan.root)
+        models = {name: load(store, f"{name}:{number}") for name, number in plan.models.items()}
+        limits = Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s)
+        return build_app(models, limits)
+
+
+def build_application(plan: Plan) -> serve.Application:
+    """The Serve application of a plan; Serve calls this by its import path.
+
+    The application's own gate answers an overload before Serve's queue does. New replicas start
+    beside the old ones, so replicas that cannot start are never an outage.
+    """
+    deployment = serve.deployment(
+        name=Replica.__name__,
+        max_ongoing_requests=2 * plan.max_requests,
+        max_queued_requests=plan.max_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_surge_percent=100,
+        max_constructor_retry_count=2,
+        health_check_period_s=2,
+        health_check_timeout_s=5,
+        graceful_shutdown_timeout_s=plan.request_timeout_s,
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    return deployment(serve.ingress()(Replica)).bind(plan)
+
+
+def deploy(spec: RunSpec) -> str:
+    """Serve the version that `spec` names in place of the one served so far; return its URL.
+
+    Raises:
+        HeliostatError: the version is unknown or damaged, or its replicas did not start; what was
+            served before is still served.
+    """
+    store = connect(spec.root)
+    name = spec.name
+    version = registry.resolve(store, reference(name, spec.deploy.version))
+    registry.load_weights(store, version)
+    client = ServeSubmissionClient(get_address_for_submission_client(None))
+    check_root(store, client.get_serve_details())
+    how = {"deploy": spec.deploy.model_copy(update={"version": None}), "code": store_code(store)}
+    before = change_table(store, lambda table: replace_model(table, name, version.number, **how))
+    try:
+        roll_out(store, client)
+    except HeliostatError as error:
+        previous = before.models.get(name)
+        change_table(store, lambda table: take_back(table, version, before))
+        roll_out(store, client)
+        rest = f"{name}:{previous} is still served" if previous else f"{name} is not served"
+        raise HeliostatError(f"{version.ref} was not deployed, {rest}: {error}") from error
+    return f"{find_url(client)}/v1/models/{name}:predict"
+
+
+def check_root(store: Store, details: dict[str, Any]) -> None:
+    """Refuse to replace the models of another bucket.
+
+    Raises:
+        HeliostatError: the cluster serves another root.
+    """
+    config = details["applications"].get(APPLICATION, {}).get("deployed_app_config")
+    served = config["args"]["root"] if config else store.uri
+    if served != store.uri:
+        raise HeliostatError(
+            f"the cluster serves the models of {served}, not of {store.uri}: set root to that, "
+            "or end them first with `serve shutdown`"
+        )
+
+
+def replace_model(table: Table, name: str, number: int | None, **how: Any) -> Table:
+    others = {other: kept for other, kept in table.models.items() if other != name}
+    models = others | ({name: number} if number else {})
+    return table.model_copy(update={"models": models, **how})
+
+
+def take_back(table: Table, version: registry.Version, before: Table) -> Table:
+    """`table` with the model as it was `before`, unless somebody has deployed it again since."""
+    if table.models.get(version.name) != version.number:
+        return table
+    previous = before.models.get(version.name)
+    return replace_model(table, version.name, previous, deploy=before.deploy, code=before.code)
+
+
+def read_table(store: Store) -> Table:
+    try:
+        return Table.model_validate_json(store.read(TABLE_KEY))
+    except Missing:
+        return Table()
+
+
+def change_table(store: Store, change: Callable[[Table], Table]) -> Table:
+    """Move the table from what it is to `change` of that; return what it was."""
+    while True:
+        entry, before = store.stat(TABLE_KEY), read_table(store)
+        data = change(before).model_dump_json(indent=1).encode()
+        with suppress(Conflict):
+            store.replace(TABLE_KEY, data, entry.etag) if entry else store.create(TABLE_KEY, data)
+            return before
+
+
+def roll_out(store: Store, client: ServeSubmissionClient) -> None:
+    """Make the cluster serve what the table says, until the table stays as it is.
+
+    Raises:
+        HeliostatError: the replicas did not start; the sentence has their reason.
+    """
+    while True:
+        table = read_table(store)
+        details = client.get_serve_details()
+        client.deploy_applications(render_config(store, table, details))
+        reason = await_running(client)
+        if read_table(store) == table:
+            break
+    if reason:
+        raise HeliostatError(reason)
+
+
+def render_config(store: Store, table: Table, details: dict[str, Any]) -> dict[str, Any]:
+    """The Serve configuration of `table` beside the applications that others deployed."""
+    others = [
+        app["deployed_app_config"]
+        for name, app in details["applications"].items()
+        if name != APPLICATION and app["deployed_app_config"]
+    ]
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": details.get("http_options", HTTP_OPTIONS),
+        "applications": others + ([render_application(store, table)] if table.models else []),
+    }
+
+
+def render_application(store: Store, table: Table) -> dict[str, Any]:
+    deploy = table.deploy
+    plan = Plan(
+        root=store.uri,
+        models=table.models,
+        max_body_bytes=int(deploy.max_body_mib * 2**20),
+        max_requests=deploy.max_queued_requests,
+        request_timeout_s=deploy.request_timeout_s,
+    )
+    root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
+    return {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": f"{__name__}:{build_application.__name__}",
+        "runtime_env": {"working_dir": f"{root}/code/{table.code}.zip"},
+        "args": plan.model_dump(),
+        "deployments": [{"name": Replica.__name__, "num_replicas": deploy.replicas}],
+    }
+
+
+def await_running(client: ServeSubmissionClient) -> str | None:
+    """Wait until Serve has settled the application; return why it failed, if it did."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        app = client.get_serve_details()["applications"].get(APPLICATION)
+        if app is None or app["status"] == "RUNNING":
+            return None
+        if app["status"] == "DEPLOY_FAILED":
+            return explain(app)
+        if time.monotonic() > deadline:
+            return f"the replicas did not start within {START_SECONDS} s: {explain(app)}"
+        time.sleep(POLL_SECONDS)
+
+
+def explain(app: dict[str, Any]) -> str:
+    """The last error in what Serve says about an application, as one line."""
+    parts = [app["message"], *(part["message"] for part in app["deployments"].values())]
+    text = "\n".join(parts)
+    starts = [match.start() for match in REASON.finditer(text)]
+    return " ".join(text[starts[-1] if starts else 0 :].split())[:MAX_REASON_CHARS]
+
+
+def find_url(client: ServeSubmissionClient) -> str:
+    options = client.get_serve_details()["http_options"]
+    return f"http://{options['host']}:{options['port']}"

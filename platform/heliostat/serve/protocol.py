@@ -1,0 +1,131 @@
+"""What goes over the wire: bodies to columns, probabilities to answers, errors in one shape."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import from_json, to_json
+
+from heliostat.data.features import (
+    IMAGE,
+    CategoryColumn,
+    Columns,
+    Features,
+    FieldError,
+    ImageFeatures,
+    decode_image,
+    parse_instances,
+)
+
+JSON_TYPE = "application/json"
+IMAGE_TYPES = ("image/png", "image/jpeg")
+MAX_INSTANCES = 1024
+MAX_TEXT_CHARS = 400
+ERROR_TYPES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_value",
+    429: "overloaded",
+    500: "internal_error",
+}
+
+
+class Refusal(Exception):
+    """A request that gets an error as its answer; `field` is the path of what is wrong in it."""
+
+    def __init__(self, status: int, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field = status, message, field
+
+
+def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
+    """The rows of a request as shard columns: JSON instances, or one image file as it is.
+
+    Raises:
+        Refusal: 400 not JSON, 415 another content type, 422 a value that the model cannot take.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == JSON_TYPE:
+        return _parse_json(features, body)
+    if not isinstance(features, ImageFeatures):
+        raise Refusal(415, f"send {JSON_TYPE}")
+    if kind not in IMAGE_TYPES:
+        raise Refusal(415, f"send {JSON_TYPE}, {' or '.join(IMAGE_TYPES)}")
+    try:
+        pixels = decode_image(body, features.height, features.width, features.channels)
+    except ValueError as error:
+        raise Refusal(422, f"the body is {error}", "body") from error
+    return {IMAGE: pixels[np.newaxis]}
+
+
+def render_predictions(
+    name: str, version: int, labels: tuple[str, ...], probabilities: NDArray[np.float32]
+) -> bytes:
+    """The answer to `probabilities` (N, classes), a prediction per row.
+
+    Raises:
+        Refusal: 422, a row is so far from what training saw that the model overflows.
+    """
+    finite = np.isfinite(probabilities).all(axis=1)
+    if not finite.all():
+        field = f"instances[{finite.argmin()}]"
+        raise Refusal(422, f"{field} is too far outside the range of the training data", field)
+    rows = zip(probabilities.argmax(axis=1).tolist(), probabilities.tolist(), strict=True)
+    predictions = [
+        {
+            "class": labels[best],
+            "probability": row[best],
+            "probabilities": dict(zip(labels, row, strict=True)),
+        }
+        for best, row in rows
+    ]
+    return to_json({"model": name, "version": version, "predictions": predictions})
+
+
+def render_error(status: int, message: str, request_id: str, field: str | None = None) -> bytes:
+    """The one shape of every error."""
+    error = {
+        "type": ERROR_TYPES[status],
+        "message": message[:MAX_TEXT_CHARS],
+        "field": field and field[:MAX_TEXT_CHARS],
+        "request_id": request_id,
+    }
+    return to_json({"error": error})
+
+
+def zero_instance(features: Features) -> object:
+    """An instance that every model with these features must be able to answer."""
+    if isinstance(features, ImageFeatures):
+        shape = (features.height, features.width, features.channels)
+        return np.zeros(shape[:2] if features.channels == 1 else shape).tolist()
+    return {
+        column.name: None if isinstance(column, CategoryColumn) else 0.0
+        for column in features.columns
+    }
+
+
+def _parse_json(features: Features, body: bytes) -> Columns:
+    try:
+        document = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refusal(400, f"the body is not JSON: {error}") from error
+    try:
+        return parse_instances(features, _find_instances(document))
+    except FieldError as error:
+        raise Refusal(422, str(error), error.field) from error
+
+
+def _find_instances(document: Any) -> list[object]:
+    if not isinstance(document, dict):
+        raise Refusal(422, 'the body must be an object, {"instances": [...]}', "body")
+    for key in document:
+        if key != "instances":
+            raise FieldError(key, "is unknown, the body has only instances")
+    instances = document.get("instances")
+    if not isinstance(instances, list) or not 1 <= len(instances) <= MAX_INSTANCES:
+        raise FieldError("instances", f"must be a list of 1 to {MAX_INSTANCES} instances")
+    return instances

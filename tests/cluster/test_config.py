@@ -1,0 +1,328 @@
+"""Laws of cluster.yaml: Ray and AWS take it, nothing in it listens to the world or holds a key."""
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from heliostat.cluster.config import Config, check, exports, start_commands
+from heliostat.errors import HeliostatError
+
+PATH = Path(__file__).parents[2] / "cluster.yaml"
+OPEN = {"FromPort": 8265, "ToPort": 8265, "IpProtocol": "tcp"}
+STUB = """#!/bin/sh
+{ echo "$(basename "$0") $*"; echo "umask $(umask)"; env; echo =====; } >> "$HOME/calls"
+"""
+
+
+def document() -> Config:
+    return dict(yaml.safe_load(PATH.read_text()))
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return check(PATH)
+
+
+@pytest.fixture
+def check_changed(tmp_path: Path) -> Callable[[Callable[[Config], object]], Config]:
+    """Check cluster.yaml after a change to it."""
+
+    def check_changed(change: Callable[[Config], object]) -> Config:
+        changed = document()
+        change(changed)
+        path = tmp_path / "cluster.yaml"
+        path.write_text(yaml.safe_dump(changed))
+        return check(path)
+
+    return check_changed
+
+
+def edit(config: Config, old: str, new: str) -> None:
+    """Replace `old` in every command; it must occur."""
+    count = 0
+    for key in (key for key in config if key.endswith("_commands")):
+        count += sum(old in command for command in config[key])
+        config[key] = [command.replace(old, new) for command in config[key]]
+    assert count
+
+
+def open_port(config: Config, **ranges: Any) -> None:
+    config["provider"]["security_group"]["IpPermissions"] = [OPEN | ranges]
+
+
+SETTINGS = "every ray start carries the settings"
+TOKEN = "the token arrives as a file of mode 0600"
+LOOPBACK = "everything listens on 127.0.0.1"
+CLOSED = "only ssh is open to the outside"
+PROFILE = "nodes get credentials from their instance profile alone"
+BROKEN: dict[str, tuple[Callable[[Config], object], str]] = {
+    "no authentication": (lambda c: edit(c, "RAY_AUTH_MODE=token", ""), SETTINGS),
+    "other authentication": (lambda c: edit(c, "MODE=token", "MODE=disabled"), SETTINGS),
+    "not exported": (lambda c: edit(c, "export RAY_AUTH_MODE", "RAY_AUTH_MODE"), SETTINGS),
+    "exported too late": (lambda c: edit(c, "export", "ray start --head; export"), SETTINGS),
+    "worker forgot": (lambda c: c["worker_start_ray_commands"].append("ray start"), SETTINGS),
+    "Ray's own start": (lambda c: c.pop("head_start_ray_commands"), SETTINGS),
+    "no HAProxy": (lambda c: edit(c, "ENABLE_HA_PROXY=1", "ENABLE_HA_PROXY=0"), SETTINGS),
+    "no token mount": (lambda c: c["file_mounts"].pop("~/.heliostat/token"), TOKEN),
+    "no token path": (lambda c: edit(c, "RAY_AUTH_TOKEN_PATH", "TOKEN_PATH"), TOKEN),
+    "readable token": (lambda c: edit(c, "chmod 600", "chmod 644"), TOKEN),
+    "own setup": (
+        lambda c: c["available_node_types"]["gpu"].update(worker_setup_commands=["true"]),
+        TOKEN,
+    ),
+    "public dashboard": (
+        lambda c: edit(c, "dashboard-host=127.0.0.1", "dashboard-host=0.0.0.0"),
+        LOOPBACK,
+    ),
+    "public Serve": (lambda c: edit(c, "http-host 127.0.0.1", "http-host ::"), LOOPBACK),
+    "public program": (lambda c: c["setup_commands"].append("nc -l 0.0.0.0 80"), LOOPBACK),
+    "port for the world": (lambda c: open_port(c, IpRanges=[{"CidrIp": "0.0.0.0/0"}]), CLOSED),
+    "port for IPv6": (lambda c: open_port(c, Ipv6Ranges=[{"CidrIpv6": "::/0"}]), CLOSED),
+    "port for half the world": (lambda c: open_port(c, IpRanges=[{"CidrIp": "0.0.0.0/1"}]), CLOSED),
+    "ports around ssh": (
+        lambda c: open_port(c, FromPort=21, ToPort=23, IpRanges=[{"CidrIp": "0.0.0.0/0"}]),
+        CLOSED,
+    ),
+    "no profile": (
+        lambda c: c["available_node_types"]["cpu"]["node_config"].pop("IamInstanceProfile"),
+        PROFILE,
+    ),
+    "key in a command": (lambda c: edit(c, "export", "export AWS_SECRET_ACCESS_KEY=x"), PROFILE),
+    "token in a command": (lambda c: edit(c, "export", "export RAY_AUTH_TOKEN=x"), PROFILE),
+    "keys by mount": (lambda c: c["file_mounts"].update({"~/.aws": "~/.aws"}), PROFILE),
+    "unknown key": (lambda c: c.update(worker_nodes_max=3), "Ray refuses the top level"),
+    "wrong type": (lambda c: c.update(max_workers="many"), "Ray refuses max_workers"),
+    "no provider": (lambda c: c.pop("provider"), "Ray cannot use it"),
+    "unknown provider": (lambda c: c["provider"].update(type="moon"), "Ray cannot use it"),
+    "no such head": (lambda c: c.update(head_node_type="x"), "Ray cannot use it"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_rule_is_named(check_changed: Callable[..., Config], name: str) -> None:
+    change, rule = BROKEN[name]
+    with pytest.raises(HeliostatError, match=rule) as caught:
+        check_changed(change)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: open_port(c, FromPort=22, ToPort=22, IpRanges=[{"CidrIp": "203.0.113.7/32"}]),
+        lambda c: open_port(c, IpRanges=[{"CidrIp": "10.0.0.0/8"}]),
+        lambda c: c["available_node_types"].pop("gpu"),
+        lambda c: c["setup_commands"].append("echo '-- ray started --'"),
+    ],
+)
+def test_what_keeps_the_rules_may_be_changed(
+    check_changed: Callable[..., Config], change: Callable[[Config], object]
+) -> None:
+    check_changed(change)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: [", "\0", "provider: 3", "provider: {type: 3}"])
+def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(HeliostatError, match=r"cluster\.yaml"):
+        check(path)
+    with pytest.raises(HeliostatError, match="cannot read"):
+        check(tmp_path / "missing.yaml")
+
+
+def commands(config: Config) -> list[str]:
+    return [
+        command for key, value in config.items() if key.endswith("_commands") for command in value
+    ]
+
+
+def test_every_command_is_shell(config: Config) -> None:
+    for command in commands(config):
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_no_complaint(config: Config) -> None:
+    for command in commands(config):
+        # SC2155: the exit status of a command within export; SC2016: $HOME for a later shell
+        arguments = ["shellcheck", "--shell=bash", "--exclude=SC2155,SC2016", "-"]
+        subprocess.run(arguments, input=command, text=True, check=True)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command as Ray's launcher does, in a home and with programs of the test's own."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("ray", "serve", "cloud-init"):
+        (programs / name).write_text("#!/bin/sh\necho us-west-2" if name == "cloud-init" else STUB)
+        (programs / name).chmod(0o755)
+
+    def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        path = f"{programs}:{os.environ['PATH']}"
+        environment = {"HOME": str(tmp_path), "PATH": path, "OMP_NUM_THREADS": "1", **variables}
+        return subprocess.run(
+            ["bash", "-c", command], env=environment, check=True, capture_output=True, text=True
+        )
+
+    return run
+
+
+def test_ray_starts_with_all_settings_and_private_files(
+    config: Config, tmp_path: Path, node: Callable[..., Any]
+) -> None:
+    for command in start_commands(config):
+        node(command, RAY_HEAD_IP="10.0.0.1")
+    calls = (tmp_path / "calls").read_text().split("=====\n")[:-1]
+    for call in calls:
+        lines = set(call.splitlines())
+        assert {"umask 0077", "RAY_AUTH_MODE=token", "AWS_REGION=us-west-2"} <= lines
+        assert f"RAY_AUTH_TOKEN_PATH={tmp_path}/.heliostat/token" in lines
+        assert "OMP_NUM_THREADS" not in call
+    head, serve, worker = calls
+    assert "ray start --head --port=6379" in head
+    assert "serve start --http-host 127.0.0.1 --http-port 8000" in serve
+    assert "ray start --address=10.0.0.1:6379" in worker
+
+
+def test_head_and_workers_export_the_same(config: Config) -> None:
+    head, worker = map(exports, start_commands(config))
+    assert head == worker
+
+
+def test_the_token_is_private_on_arrival(
+    config: Config, tmp_path: Path, node: Callable[..., Any]
+) -> None:
+    token = tmp_path / ".heliostat" / "token"
+    token.parent.mkdir(mode=0o775)
+    token.write_text("secret")
+    token.chmod(0o664)
+    node(config["setup_commands"][0])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+
+
+def test_a_shell_on_a_node_finds_the_cluster(
+    config: Config, tmp_path: Path, node: Callable[..., Any]
+) -> None:
+    (line,) = (command for command in config["setup_commands"] if "bashrc" in command)
+    node(line)
+    node(line)
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 1
+    shown = node(". ~/.bashrc; echo $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH; echo $PATH").stdout
+    assert shown.startswith(f"token {tmp_path}/.heliostat/token\n{tmp_path}/heliostat-venv/bin:")
+
+
+def test_every_mounted_file_is_in_the_repository(config: Config) -> None:
+    for remote, local in config["file_mounts"].items():
+        assert remote.startswith("~/")
+        assert local.startswith("~/") or (PATH.parent / local).exists()
+
+
+@pytest.fixture(scope="module")
+def aws(
+    tmp_path_factory: pytest.TempPathFactory, wait_until: Callable[..., None]
+) -> Iterator[boto3.session.Session]:
+    """An AWS account without instances, and this process's environment pointing at it."""
+    home = tmp_path_factory.mktemp("aws")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            environment.delenv(name)
+        for name, value in {
+            "HOME": str(home),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+        }.items():
+            environment.setenv(name, value)
+        program = "import sys; from moto.server import main; main(sys.argv[1:])"
+        arguments = [sys.executable, "-c", program, "-H", "127.0.0.1", "-p", str(port)]
+        with (home / "log").open("wb") as log:
+            server = subprocess.Popen(arguments, stdout=log, stderr=log)
+        try:
+            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            yield boto3.session.Session(region_name=document()["provider"]["region"])
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def nodes(aws: boto3.session.Session, config: Config) -> dict[str, Any]:
+    """One real launch of each node type: the described instance by node type."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.providers import _get_node_provider
+
+    for profile in ("heliostat-head", "heliostat-worker"):
+        aws.client("iam").create_instance_profile(InstanceProfileName=profile)
+    ready = bootstrap_aws(config)
+    provider = _get_node_provider(ready["provider"], ready["cluster_name"])
+    for name, node_type in ready["available_node_types"].items():
+        provider.create_node(node_type["node_config"], {"ray-user-node-type": name}, 1)
+    reservations = aws.client("ec2").describe_instances()["Reservations"]
+    instances = [instance for found in reservations for instance in found["Instances"]]
+    return {
+        next(
+            tag["Value"] for tag in instance["Tags"] if tag["Key"] == "ray-user-node-type"
+        ): instance
+        for instance in instances
+    }
+
+
+def test_nothing_but_ssh_is_open(aws: boto3.session.Session, nodes: dict[str, Any]) -> None:
+    groups = {group["GroupId"] for node in nodes.values() for group in node["SecurityGroups"]}
+    described = aws.client("ec2").describe_security_groups(GroupIds=list(groups))
+    (group,) = described["SecurityGroups"]
+    assert group["GroupName"] == "heliostat"
+    for permission in group["IpPermissions"]:
+        public = permission["IpRanges"] or permission["Ipv6Ranges"] or permission["PrefixListIds"]
+        inside = [pair["GroupId"] for pair in permission["UserIdGroupPairs"]]
+        assert (permission.get("FromPort"), permission.get("ToPort")) == (22, 22) or not public
+        assert inside in ([], [group["GroupId"]])
+
+
+def test_the_key_pair_is_made_and_private(nodes: dict[str, Any]) -> None:
+    (name,) = {node["KeyName"] for node in nodes.values()}
+    (key,) = (Path.home() / ".ssh").iterdir()
+    assert key.name == f"{name}.pem"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("name", "profile", "market"),
+    [
+        ("head", "heliostat-head", "on demand"),
+        ("cpu", "heliostat-worker", "on demand"),
+        ("gpu", "heliostat-worker", "spot"),
+    ],
+)
+def test_a_node_is_launched_as_promised(
+    aws: boto3.session.Session, nodes: dict[str, Any], name: str, profile: str, market: str
+) -> None:
+    node = nodes[name]
+    assert node["IamInstanceProfile"]["Arn"].endswith(f"/{profile}")
+    assert node.get("InstanceLifecycle", "on demand") == market
+    assert node["MetadataOptions"]["HttpTokens"] == "required"
+    assert node["SubnetId"]
+    ids = [mapping["Ebs"]["VolumeId"] for mapping in node["BlockDeviceMappings"]]
+    for volume in aws.client("ec2").describe_volumes(VolumeIds=ids)["Volumes"]:
+        assert (volume["VolumeType"], volume["Encrypted"]) == ("gp3", True)
+
+
+def test_no_secret_stands_in_the_config(config: Config) -> None:
+    assert "BEGIN" not in json.dumps(config)
+    assert config["file_mounts"]["~/.heliostat/token"] == "~/.heliostat/token"

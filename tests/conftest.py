@@ -1,0 +1,65 @@
+"""The real parts that tests share: an S3 server, a laptop cluster, and patience with a deadline."""
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from heliostat import local
+from heliostat.local.home import Home
+
+# Every deletion of a Serve application waits this long for its requests: 30 s by default.
+os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+
+
+@pytest.fixture(scope="session")
+def home() -> Iterator[Home]:
+    """The home of the session's cluster; whatever was started in it ends with the session."""
+    path = Path(tempfile.mkdtemp(prefix="heliostat-test-"))
+    home = Home(path)
+    yield home
+    local.stop(home)
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def s3(home: Home) -> Iterator[local.Cluster]:
+    """A real S3 server without Ray; this process's environment points at it."""
+    yield from _enter(local.start(home, free_ports=True, with_ray=False))
+
+
+@pytest.fixture(scope="session")
+def cluster(home: Home, s3: local.Cluster) -> Iterator[local.Cluster]:
+    """A whole laptop cluster on the server of `s3`; this process's environment points at it."""
+    yield from _enter(local.start(home, report=print))
+
+
+@pytest.fixture
+def bucket(s3: local.Cluster) -> str:
+    """A fresh URI in the bucket of `s3`, empty and of this test alone."""
+    return f"{s3.root}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """`wait_until(condition, seconds=30)`: poll until it holds, fail at the deadline."""
+
+    def wait(condition: Callable[[], object], seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"did not hold within {seconds} s"
+            time.sleep(0.05)
+
+    return wait
+
+
+def _enter(cluster: local.Cluster) -> Iterator[local.Cluster]:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in cluster.env.items():
+            environment.setenv(name, value)
+        yield cluster

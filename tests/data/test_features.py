@@ -1,0 +1,219 @@
+"""One code turns rows into inputs: for training, for evaluation and for requests."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from heliostat.data.features import (
+    CategoryColumn,
+    FieldError,
+    ImageFeatures,
+    NumericColumn,
+    TableFeatures,
+    decode_image,
+    encode,
+    features_from_json,
+    features_to_json,
+    input_shape,
+    parse_instances,
+)
+
+GREY = ImageFeatures(2, 3, 1, (0.25,), (0.5,))
+COLOUR = ImageFeatures(2, 2, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+TABLE = TableFeatures(
+    (
+        NumericColumn("age", 40.0, 10.0, has_missing=True),
+        NumericColumn("hours", 8.0, 2.0, has_missing=False),
+        CategoryColumn("town", ("Köln", "Ulm")),
+    )
+)
+GREY_PIXELS = [[0, 51, 102], [153, 204, 255]]
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def as_file(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("features", [GREY, COLOUR, TABLE])
+def test_features_survive_json(features: Any) -> None:
+    assert features_from_json(json.loads(json.dumps(features_to_json(features)))) == features
+
+
+def test_pixels_are_scaled_shifted_and_put_channel_first() -> None:
+    pixels = np.arange(2 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 2, 3) * 10
+    inputs = encode(COLOUR, {"image": pixels})
+    assert inputs.dtype == np.float32
+    assert inputs.shape == (2, *input_shape(COLOUR))
+    for channel, (mean, std) in enumerate(zip(COLOUR.mean, COLOUR.std, strict=True)):
+        expected = (pixels[..., channel] / 255 - mean) / std
+        np.testing.assert_allclose(inputs[:, channel], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_table_rows_become_numbers_indicators_and_slots() -> None:
+    columns = {
+        "age": np.array([50.0, np.nan]),
+        "hours": np.array([8.0, 12.0]),
+        "town": np.array(["Ulm", None], dtype=object),
+    }
+    inputs = encode(TABLE, columns)
+    assert inputs.shape == (2, *input_shape(TABLE))
+    assert inputs.tolist() == [[1, 0, 0, 0, 1, 0], [0, 1, 2, 0, 0, 1]]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
+def test_a_row_is_encoded_alike_in_every_batch(numbers: list[float]) -> None:
+    column = TableFeatures((NumericColumn("x", 3.0, 7.0, has_missing=True),))
+    together = encode(column, {"x": np.array(numbers)})
+    alone = [encode(column, {"x": np.array([number])})[0] for number in numbers]
+    assert (together == alone).all()
+
+
+def test_requests_give_the_columns_of_the_shards() -> None:
+    rows: list[object] = [{"age": 50, "hours": 8.0, "town": " Ulm "}, {"hours": 12, "town": "?"}]
+    parsed = parse_instances(TABLE, rows)
+    assert encode(TABLE, parsed).tolist() == [[1, 0, 0, 0, 1, 0], [0, 1, 2, 0, 0, 1]]
+
+    stored = np.array(GREY_PIXELS, np.uint8).reshape(1, 2, 3, 1)
+    file = as_file(Image.fromarray(stored[0, :, :, 0]))
+    instances: list[object] = [GREY_PIXELS, {"b64": base64.b64encode(file).decode()}]
+    inputs = encode(GREY, parse_instances(GREY, instances))
+    np.testing.assert_array_equal(inputs, encode(GREY, {"image": np.repeat(stored, 2, axis=0)}))
+
+
+@pytest.mark.parametrize(
+    ("features", "instances", "field"),
+    [
+        (GREY, [], "instances"),
+        (GREY, {"a": 1}, "instances"),
+        (GREY, [GREY_PIXELS, 7], "instances[1]"),
+        (GREY, [[[0, 1, 2]]], "instances[0]"),
+        (GREY, [[[0, 1, 2], [0, 1]]], "instances[0][1]"),
+        (GREY, [[[0, 1, 2], [0, 1, 256]]], "instances[0][1][2]"),
+        (GREY, [[[0, 1, 2], [0, -1, 2]]], "instances[0][1][1]"),
+        (GREY, [[[0, 1, 2], [0, float("nan"), 2]]], "instances[0][1][1]"),
+        (GREY, [[[0, 1, 2], [True, 1, 2]]], "instances[0][1][0]"),
+        (GREY, [[[0, 1, 2], ["1", 1, 2]]], "instances[0][1][0]"),
+        (GREY, [[[0, 1, 2], [10**5000, 1, 2]]], "instances[0][1][0]"),
+        (COLOUR, [[[[1, 2, 3], [1, 2]], [[1, 2, 3], [1, 2, 3]]]], "instances[0][0][1]"),
+        (GREY, [{"b64": "not base64!"}], "instances[0].b64"),
+        (GREY, [{"b64": "aGVsbG8="}], "instances[0].b64"),
+        (GREY, [{"b64": 3}], "instances[0]"),
+        (GREY, [{"b64": "", "url": "http://169.254.169.254"}], "instances[0]"),
+        (TABLE, [[1, 2]], "instances[0]"),
+        (TABLE, [{"age": 1}], "instances[0].hours"),
+        (TABLE, [{"hours": None}], "instances[0].hours"),
+        (TABLE, [{"hours": 1}, {"hours": "8"}], "instances[1].hours"),
+        (TABLE, [{"hours": float("inf")}], "instances[0].hours"),
+        (TABLE, [{"hours": 1e200}], "instances[0].hours"),
+        (TABLE, [{"hours": True}], "instances[0].hours"),
+        (TABLE, [{"hours": 10**5000}], "instances[0].hours"),
+        (TABLE, [{"hours": 1, "town": 5}], "instances[0].town"),
+        (TABLE, [{"hours": 1, "city": "Ulm"}], "instances[0].city"),
+    ],
+)
+def test_a_value_that_cannot_be_taken_is_named(features: Any, instances: Any, field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        parse_instances(features, instances)
+    assert caught.value.field == field
+
+
+@given(st.sampled_from([GREY, COLOUR, TABLE]), st.lists(JSON_VALUES, max_size=3))
+def test_any_json_is_taken_or_refused_by_field(features: Any, instances: list[object]) -> None:
+    try:
+        inputs = encode(features, parse_instances(features, instances))
+    except FieldError:
+        return
+    assert inputs.shape == (len(instances), *input_shape(features))
+    assert np.isfinite(inputs).all()
+
+
+@given(st.floats(-1e100, 1e100), st.floats(-1e100, 1e100), st.floats(1e-300, 1e100))
+def test_every_number_is_an_input_that_a_model_can_take(
+    number: float, mean: float, std: float
+) -> None:
+    features = TableFeatures((NumericColumn("x", mean, std, has_missing=False),))
+    inputs = encode(features, parse_instances(features, [{"x": number}]))
+    assert abs(inputs).max() <= 1e6
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (Image.new("L", (4, 4), 77), {}, 77),
+        (Image.new("1", (4, 4), 1), {}, 255),
+        (Image.new("LA", (4, 4), (10, 0)), {}, 255),
+        (Image.new("RGBA", (4, 4), (9, 9, 9, 0)), {}, 255),
+        (Image.new("RGBA", (4, 4), (9, 9, 9, 255)), {}, 9),
+        (Image.fromarray(np.full((4, 4), 0x8012, np.uint16)), {}, 0x80),
+        (Image.new("RGB", (4, 4), (50, 50, 50)).convert("P"), {}, 50),
+        (Image.new("P", (4, 4), 0), {"transparency": 0}, 255),
+        (Image.new("CMYK", (4, 4), (0, 0, 0, 255)), {"form": "JPEG"}, 0),
+        (Image.new("L", (40, 20), 77), {"form": "JPEG"}, 77),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_every_mode_become_bytes(
+    image: Image.Image, options: dict[str, Any], expected: int, channels: int
+) -> None:
+    pixels = decode_image(as_file(image, **options), 4, 4, channels)
+    assert pixels.shape == (4, 4, channels)
+    assert (abs(pixels.astype(int) - expected) <= 2).all()
+
+
+def test_images_are_upright_and_cropped_at_their_centre() -> None:
+    wide = np.zeros((10, 30), np.uint8)
+    wide[:, 10:20] = 200
+    assert (decode_image(as_file(Image.fromarray(wide)), 10, 10, 1) == 200).all()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the scene is the right side of the file
+    half = Image.fromarray(np.repeat([[0, 255]], 2, axis=0).astype(np.uint8))
+    upright = decode_image(as_file(half, exif=exif), 2, 2, 1)
+    assert (
+        upright[:, :, 0].tolist()
+        == decode_image(as_file(half.transpose(Image.Transpose.ROTATE_270)), 2, 2, 1)[
+            :, :, 0
+        ].tolist()
+    )
+    assert upright[0, 0, 0] == upright[0, 1, 0] != upright[1, 0, 0]
+
+
+@given(st.sampled_from(["PNG", "JPEG"]), st.data())
+def test_a_damaged_file_gives_pixels_or_a_value_error(form: str, data: st.DataObject) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
+    file = bytearray(as_file(Image.fromarray(noise), form))
+    for _ in range(data.draw(st.integers(1, 4))):
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(file)))
+    try:
+        pixels = decode_image(bytes(file[:cut]), 8, 8, 1)
+    except ValueError:
+        return
+    assert pixels.shape == (8, 8, 1)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
+    bomb = as_file(Image.new("1", (8_100, 8_100)))
+    assert len(bomb) < 100_000
+    with pytest.raises(ValueError, match="8100x8100 is more than"):
+        decode_image(bomb, 8, 8, 1)
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM"])
+def test_only_png_and_jpeg_are_decoded(form: str) -> None:
+    with pytest.raises(ValueError, match="not a readable PNG or JPEG file"):
+        decode_image(as_file(Image.new("L", (4, 4)), form), 4, 4, 1)

@@ -1,0 +1,172 @@
+"""Image folders and IDX files: every row once, or a problem by name, or a sentence."""
+
+import gzip
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from heliostat.data.features import decode_image
+from heliostat.data.raw import ImageLayout
+from heliostat.errors import HeliostatError
+
+Read = Callable[..., Any]
+TRAIN, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+
+
+def test_a_folder_is_a_class_and_a_file_is_a_row(read: Read, png: Callable[..., bytes]) -> None:
+    files = {
+        "deep/er/Größe 5/ä b.PNG": png(),
+        "deep/er/Größe 5/#2.jpeg": png(form="JPEG"),
+        "猫/1.jpg": png(form="JPEG"),
+        "猫/.DS_Store": b"x",
+        "__MACOSX/猫/._1.jpg": b"x",
+        "README.txt": b"x",
+    }
+    survey, rows = read(files)
+    assert survey.labels == ("Größe 5", "猫")
+    assert survey.layout == ImageLayout(8, 8, 1)
+    assert sorted(zip(rows["id"].to_pylist(), rows["label"].to_pylist(), strict=True)) == [
+        ("deep/er/Größe 5/#2.jpeg", "Größe 5"),
+        ("deep/er/Größe 5/ä b.PNG", "Größe 5"),
+        ("猫/1.jpg", "猫"),
+    ]
+    assert rows["problem"].null_count == 3
+    assert rows["image"][0].as_py() == decode_image(files[rows["id"][0].as_py()], 8, 8, 1).tobytes()
+
+
+def test_numbered_classes_are_in_the_order_of_their_numbers(
+    read: Read, png: Callable[..., bytes]
+) -> None:
+    survey, _ = read({f"{number}/a.png": png() for number in (10, 9, 100)})
+    assert survey.labels == ("9", "10", "100")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen", "reason"),
+    [
+        ([(20, 30), (20, 30)], (20, 30), "all images have it"),
+        ([(20, 30), (30, 20)], (16, 16), "from 20x30 to 30x20"),
+        ([(45, 90), (61, 50), (900, 600)], (48, 48), "3 images from 61x50 to 900x600"),
+        ([(4, 4), (5, 5)], (16, 16), "set data.image_size"),
+        ([(600, 400), (600, 400)], (64, 64), "at most 64"),
+    ],
+)
+def test_the_size_follows_from_the_files_and_says_why(
+    read: Read,
+    png: Callable[..., bytes],
+    sizes: list[tuple[int, int]],
+    chosen: tuple[int, int],
+    reason: str,
+) -> None:
+    survey, rows = read({f"{i % 2}/{i}.png": png(*size) for i, size in enumerate(sizes)})
+    assert (survey.layout.height, survey.layout.width) == chosen
+    assert reason in survey.notes[0]
+    assert {len(image) for image in rows["image"].to_pylist()} == {chosen[0] * chosen[1]}
+
+
+def test_the_size_of_a_turned_photo_is_that_of_the_scene(read: Read) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.new("L", (30, 20)).save(file, "JPEG", exif=exif)
+    survey, _ = read({"a/1.jpg": file.getvalue(), "b/1.jpg": file.getvalue()})
+    assert (survey.layout.height, survey.layout.width) == (30, 20)
+
+
+def test_a_chosen_size_and_colour_are_kept(read: Read, png: Callable[..., bytes]) -> None:
+    files = {"a/1.png": png(9, 9), "b/2.png": png(40, 20, "RGB", (255, 0, 0))}
+    assert read(files)[0].layout == ImageLayout(16, 16, 3)
+    assert read(files, image_size=(4, 6), channels=1)[0].layout == ImageLayout(4, 6, 1)
+
+
+def test_what_cannot_be_read_is_a_row_with_a_problem(read: Read, png: Callable[..., bytes]) -> None:
+    files = {
+        "a/good.png": png(),
+        "b/good.png": png(),
+        "b/empty.png": b"",
+        "b/cut.png": png()[:45],
+        "b/text.jpg": b"not an image",
+        "b/other.png": png(form="BMP"),
+        "loose.png": png(),
+    }
+    survey, rows = read(files)
+    problems = dict(zip(rows["id"].to_pylist(), rows["problem"].to_pylist(), strict=True))
+    assert {name for name, problem in problems.items() if not problem} == {
+        "a/good.png",
+        "b/good.png",
+    }
+    assert problems["loose.png"] == "not in a class folder"
+    assert "not a readable PNG or JPEG file" in problems["b/cut.png"]
+    assert survey.layout == ImageLayout(8, 8, 1)
+
+
+def test_a_header_behind_a_long_profile_is_found(read: Read) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (12, 10)).save(file, "JPEG", icc_profile=bytes(200_000))
+    survey, _ = read({"a/1.jpg": file.getvalue(), "b/1.jpg": file.getvalue()})
+    assert survey.layout == ImageLayout(10, 12, 3)
+
+
+@pytest.mark.parametrize("unpack", [False, True])
+def test_idx_pairs_give_their_images_in_order(
+    read: Read, idx: Callable[[Any], bytes], unpack: bool
+) -> None:
+    pixels = np.arange(5 * 4 * 3).reshape(5, 4, 3)
+    files = {TRAIN: idx(pixels), LABELS: idx([7, 1, 7, 1, 10])}
+    if unpack:
+        files = {key.removesuffix(".gz"): gzip.decompress(data) for key, data in files.items()}
+    files |= {"t10k-images.idx3-ubyte": idx(pixels[:1]), "t10k-labels.idx1-ubyte": idx([1])}
+    survey, rows = read(files)
+    key = TRAIN.removesuffix(".gz") if unpack else TRAIN
+    assert survey.labels == ("1", "7", "10")
+    assert (survey.layout, survey.rows) == (ImageLayout(4, 3, 1), 6)
+    assert rows["id"].to_pylist()[1:] == [f"{key}#{row}" for row in range(5)]
+    assert rows["label"].to_pylist()[1:] == ["7", "1", "7", "1", "10"]
+    assert b"".join(rows["image"].to_pylist()[1:]) == pixels.astype(np.uint8).tobytes()
+
+
+def test_idx_images_can_be_given_another_size_and_have_colours(
+    read: Read, idx: Callable[[Any], bytes]
+) -> None:
+    pixels = np.full((2, 4, 4, 3), 50)
+    survey, rows = read({TRAIN: idx(pixels), LABELS: idx([0, 1])}, image_size=(2, 2))
+    assert survey.layout == ImageLayout(2, 2, 3)
+    assert rows["image"].to_pylist() == [bytes([50] * 12)] * 2
+
+
+def test_images_that_cannot_be_a_data_set_are_refused(
+    read: Read, png: Callable[..., bytes], idx: Callable[[Any], bytes]
+) -> None:
+    images, labels = idx(np.zeros((2, 4, 4))), idx([0, 1])
+    cases: dict[str, dict[str, bytes]] = {
+        "only the class 'a'": {"a/1.png": png(), "a/2.png": png()},
+        "no image under .* can be read": {"a/1.png": b"x", "b/2.png": b"y"},
+        "no labels": {"1.png": png(), "2.png": png()},
+        "more than 1,000 different labels": {f"{i}/1.png": png() for i in range(1001)},
+        "has no partner": {TRAIN: images},
+        "2 images, .* 1 labels": {TRAIN: images, LABELS: idx([0])},
+        "images of 4x4 and 5x5": {
+            TRAIN: images,
+            LABELS: labels,
+            "t10k-images-idx3-ubyte": idx(np.zeros((2, 5, 5))),
+            "t10k-labels-idx1-ubyte": labels,
+        },
+        "is not an IDX file": {TRAIN: gzip.compress(b"hello"), LABELS: labels},
+        "is not a whole gzip file": {TRAIN: images[:-9], LABELS: labels},
+        "ends early": {TRAIN: gzip.compress(gzip.decompress(images)[:-1]), LABELS: labels},
+        "fewer labels than it says": {
+            TRAIN: images,
+            LABELS: gzip.compress(gzip.decompress(labels)[:-1]),
+        },
+        "a damaged header": {TRAIN: bytes((0, 0, 8, 3, 0)), LABELS: labels},
+        "only the class '0'": {TRAIN: images, LABELS: idx([0, 0])},
+    }
+    for sentence, files in cases.items():
+        with pytest.raises(HeliostatError) as caught:
+            read(files)
+        assert re.search(sentence, str(caught.value)), (sentence, str(caught.value))

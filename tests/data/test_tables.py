@@ -1,0 +1,204 @@
+"""CSV and Parquet: columns by their content, every row once, what cannot be used by name."""
+
+import datetime
+import gzip
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from heliostat.data.raw import find_source
+from heliostat.errors import HeliostatError
+from heliostat.spec import DataSpec
+
+Read = Callable[..., Any]
+CSV = b"""\xef\xbb\xbfage, town ,hours,who,income\r
+39,Ulm,8.5,"Ann ""A"" Bee", >50K\r
+?,"K\xc3\xb6ln,\nRhein",NA,Bob,<=50K\r
+\r
+50,,1e1,Cid,<=50K\r
+"""
+
+
+def parquet(columns: dict[str, Any], **options: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, **options)
+    return file.getvalue()
+
+
+def bad_rows(rows: pa.Table) -> dict[str, str]:
+    problems = zip(rows["id"].to_pylist(), rows["problem"].to_pylist(), strict=True)
+    return {row: problem for row, problem in problems if problem}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_csv_file_as_people_have_them(read: Read, pack: Callable[[bytes], bytes]) -> None:
+    survey, rows = read({"people.csv": pack(CSV)}, label="income")
+    assert survey.layout.kinds == {
+        "age": "numeric",
+        "town": "category",
+        "hours": "numeric",
+        "who": "category",
+    }
+    assert survey.labels == ("<=50K", ">50K")
+    assert rows["id"].to_pylist() == ["people.csv#0", "people.csv#1", "people.csv#2"]
+    assert rows["x.age"].to_pylist() == [39, None, 50]
+    assert rows["x.town"].to_pylist() == ["Ulm", "Köln,\nRhein", None]
+    assert rows["x.hours"].to_pylist() == [8.5, None, 10]
+    assert rows["x.who"][0].as_py() == 'Ann "A" Bee'
+    assert not bad_rows(rows)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_other_delimiters_are_found_in_the_header(read: Read, delimiter: str) -> None:
+    text = "a,b,y\n1,2,p\n3,4,q\n".replace(",", delimiter)
+    survey, rows = read({"t.csv": text.encode()}, label="y")
+    assert survey.layout.kinds == {"a": "numeric", "b": "numeric"}
+    assert rows["x.b"].to_pylist() == [2, 4]
+
+
+def test_rows_that_cannot_be_used_are_named(read: Read) -> None:
+    good = "".join(f"{row},{row % 2}\n" for row in range(100))
+    text = f"n,y\n{good}1,2,3\nabc,1\ninf,1\n7,\n8".encode() + b"\n\xff,1\n"
+    _, rows = read({"t.csv": text}, label="y")
+    assert rows.num_rows == 106
+    assert bad_rows(rows) == {
+        "t.csv#100": "3 fields instead of 2",
+        "t.csv#101": "column n is not a number of at most 1e+100",
+        "t.csv#102": "column n is not a number of at most 1e+100",
+        "t.csv#103": "the label is missing",
+        "t.csv#104": "1 fields instead of 2",
+        "t.csv#105": "not UTF-8 text",
+    }
+
+
+def test_a_column_is_numeric_if_nearly_all_of_it_is(read: Read) -> None:
+    lines = [f"{'x' if row < 5 else row},{'x' if row < 6 else row},{row % 2}" for row in range(100)]
+    data = {"t.csv": ("\n".join(["a,b,y", *lines])).encode()}
+    assert read(data, label="y")[0].layout.kinds == {"a": "numeric", "b": "category"}
+    survey, rows = read(data, label="y", columns={"a": "category", "b": "numeric"})
+    assert survey.layout.kinds == {"a": "category", "b": "numeric"}
+    assert len(bad_rows(rows)) == 6
+    assert read(data, label="y", columns={"b": "ignore"})[0].layout.kinds == {"a": "numeric"}
+
+
+def test_a_column_without_a_name_is_left_out(read: Read) -> None:
+    survey, rows = read({"t.csv": b",a,y\n0,5,p\n1,6,q\n"}, label="y")
+    assert survey.layout.kinds == {"a": "numeric"}
+    assert rows["x.a"].to_pylist() == [5, 6]
+
+
+def test_whole_labels_are_written_without_a_point(read: Read) -> None:
+    survey, _ = read({"t.csv": b"a,y\n1,1.0\n2,10\n3,2\n4,2.00\n5,1\n"}, label="y")
+    assert survey.labels == ("1", "2", "10")
+
+
+def test_parquet_columns_by_their_types(read: Read) -> None:
+    noon = datetime.datetime(1970, 1, 2, tzinfo=datetime.UTC)
+    columns = {
+        "i": pa.array([1, None, 3], pa.int32()),
+        "f": [0.5, float("nan"), float("inf")],
+        "d": pa.array([1, 2, 3], pa.decimal128(10, 2)),
+        "b": [True, None, False],
+        "t": [noon, None, noon],
+        "day": [noon.date(), None, noon.date()],
+        "s": [" Ulm", "?", "Köln"],
+        "c": pa.array(["x", "y", "x"]).dictionary_encode(),
+        "y": [1.0, 2.0, 1.0],
+        "nested": [[1], [2], [3]],
+    }
+    files = {"a.parquet": parquet(columns), "b.pq": parquet(columns, row_group_size=1)}
+    survey, rows = read(files, label="y", columns={"nested": "ignore"})
+    assert survey.labels == ("1", "2")
+    assert rows["id"].to_pylist()[2:4] == ["a.parquet#2", "b.pq#0"]
+    first = rows.slice(0, 2).to_pylist()
+    assert [row["x.i"] for row in first] == [1, None]
+    assert [row["x.f"] for row in first] == [0.5, None]
+    assert [row["x.d"] for row in first] == [1, 2]
+    assert [row["x.b"] for row in first] == ["true", None]
+    assert [row["x.t"] for row in first] == [86400, None]
+    assert [row["x.day"] for row in first] == [86400, None]
+    assert [row["x.s"] for row in first] == ["Ulm", None]
+    assert [row["x.c"] for row in first] == ["x", "y"]
+    assert bad_rows(rows) == dict.fromkeys(
+        ["a.parquet#2", "b.pq#2"], "column f is not a number of at most 1e+100"
+    )
+
+
+def test_numbers_as_categories_are_written_as_in_a_request(read: Read) -> None:
+    files = {"a.parquet": parquet({"i": [1, 2], "f": [1.0, 2.5], "y": ["p", "q"]})}
+    _, rows = read(files, label="y", columns={"i": "category", "f": "category"})
+    assert rows["x.i"].to_pylist() == ["1", "2"]
+    assert rows["x.f"].to_pylist() == ["1", "2.5"]
+
+
+def test_tables_that_cannot_be_a_data_set_are_refused(read: Read) -> None:
+    table = parquet({"a": [1, 2], "y": ["p", "q"]})
+    csv = b"a,y\n1,p\n2,q\n"
+    cases: list[tuple[str, dict[str, bytes], dict[str, Any]]] = [
+        ("data.label is None: .* one of a, y", {"t.csv": csv}, {"label": None}),
+        ("data.label is 'z': .* one of a, y", {"t.parquet": table}, {"label": "z"}),
+        (r"t.csv has a \(text\) where u.csv has b", {"t.csv": csv, "u.csv": b"b,y\n1,p\n"}, {}),
+        (
+            r"a.pq has a \(int64\) where b.pq has a \(string\)",
+            {"a.pq": table, "b.pq": parquet({"a": ["1"], "y": ["p"]})},
+            {},
+        ),
+        ("is empty", {"t.csv": b""}, {}),
+        ("only the class 'p'", {"t.csv": b"a,y\n1,p\n2,p\n"}, {}),
+        ("no labels", {"t.csv": b"a,y\n"}, {}),
+        ("its first line must name the columns", {"t.csv": b"1,2\n3,4\n"}, {}),
+        ("names the column a twice", {"t.csv": b"a,a,y\n1,2,p\n"}, {}),
+        ("is not UTF-8 text", {"t.csv": "a,y\n1,p\n".encode("utf-16")}, {}),
+        ("is not a whole gzip file", {"t.csv.gz": gzip.compress(csv)[:-5]}, {}),
+        ("no column beside y", {"t.csv": b"y\np\nq\n"}, {}),
+        ("data.columns names z", {"t.csv": csv}, {"columns": {"z": "numeric"}}),
+        ("is not a readable Parquet file", {"t.parquet": b""}, {}),
+        ("is not a readable Parquet file", {"t.parquet": b"PAR1" + bytes(90)}, {}),
+        ("is not a readable Parquet file", {"t.parquet": table[:-30]}, {}),
+        (
+            r"nested has the type list.*set data.columns.nested=ignore",
+            {"t.parquet": parquet({"nested": [[1], [2]], "y": ["p", "q"]})},
+            {},
+        ),
+        (
+            "more than 1,000 different labels",
+            {"t.csv": b"a,y\n" + b"".join(b"1,%d\n" % row for row in range(1001))},
+            {},
+        ),
+    ]
+    for sentence, files, section in cases:
+        with pytest.raises(HeliostatError) as caught:
+            read(files, **{"label": "y"} | section)
+        assert re.search(sentence, str(caught.value)), (sentence, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ([], "no objects under"),
+        ([".hidden.csv"], "no objects under"),
+        (["a.csv", "b/c.png", "b/d.png"], "2 of images, 1 of csv: set data.format"),
+        (["a.txt", "b.txt", "README"], r"2 \*.txt, 1 without a suffix"),
+    ],
+)
+def test_a_source_without_one_form_is_refused(
+    source: Callable[[dict[str, bytes]], Any], keys: list[str], sentence: str
+) -> None:
+    with pytest.raises(HeliostatError, match=sentence):
+        find_source(DataSpec(source=str(source(dict.fromkeys(keys, b"x")))))
+
+
+def test_a_form_can_be_chosen_and_a_source_be_one_object(
+    source: Callable[[dict[str, bytes]], Any],
+) -> None:
+    directory = source({"a.csv": b"", "b/c.png": b"", "adult.data": b""})
+    found = find_source(DataSpec(source=str(directory), format="images"))
+    assert [entry.key for entry in found.entries] == ["b/c.png"]
+    assert found.ignored == 2
+    found = find_source(DataSpec(source=str(directory / "adult.data"), format="csv"))
+    assert [entry.key for entry in found.entries] == ["adult.data"]

@@ -1,0 +1,314 @@
+"""The HTTP application without Ray: one answer for every request, whatever it holds."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from heliostat.data.features import (
+    CategoryColumn,
+    Features,
+    ImageFeatures,
+    NumericColumn,
+    TableFeatures,
+    features_to_json,
+    input_shape,
+)
+from heliostat.evaluate import predict_probabilities
+from heliostat.models import build
+from heliostat.registry import Version
+from heliostat.serve.app import Limits, Served, build_app
+from heliostat.spec import MlpSpec
+
+LABELS = ("no", "yes", "perhaps")
+IMAGE = ImageFeatures(4, 4, 1, (0.5,), (0.25,))
+TABLE = TableFeatures(
+    (NumericColumn("age", 40.0, 10.0, True), CategoryColumn("job", ("cook", "smith")))
+)
+LIMITS = Limits(max_body_bytes=20_000, max_requests=4, request_timeout_s=5)
+IMAGES = {"instances": [[[0, 64, 128, 255]] * 4, [[255] * 4] * 4]}
+ROWS = {"instances": [{"age": 41, "job": "cook"}, {"age": None, "job": "pilot"}]}
+
+
+def serve(name: str, features: Features, number: int = 3) -> Served:
+    torch.manual_seed(0)
+    version = Version(
+        name=name,
+        number=number,
+        created="2026-01-01T00:00:00+00:00",
+        labels=LABELS,
+        features=features_to_json(features),
+        spec={},
+        data_name=name,
+        data_version="0" * 16,
+        run="run",
+        step=1,
+        code="",
+        metrics={},
+        weights_sha256="0" * 64,
+        weights_bytes=0,
+    )
+    model = build(MlpSpec(kind="mlp", hidden=(8,)), input_shape(features), len(LABELS))
+    return Served(version, features, model.eval())
+
+
+MODELS = {"shapes": serve("shapes", IMAGE), "people": serve("people", TABLE)}
+
+
+class Client:
+    """An HTTP client of an application in this process."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(transport=self.transport, base_url="http://app") as http:
+                return await http.request(method, path, **options)
+
+        return asyncio.run(send())
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return self.request("POST", path, **options)
+
+
+@pytest.fixture(scope="module")
+def client() -> Client:
+    return Client(build_app(MODELS, LIMITS))
+
+
+def check_error(response: httpx.Response) -> dict[str, Any]:
+    """Every error has the one shape, and the request id of its header."""
+    assert response.headers["content-type"] == "application/json"
+    assert set(response.json()) == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"type", "message", "field", "request_id"}
+    assert error["request_id"] == response.headers["x-request-id"]
+    return error
+
+
+@pytest.mark.parametrize(("name", "document"), [("shapes", IMAGES), ("people", ROWS)])
+def test_http_answers_equal_the_offline_predictions(
+    client: Client, name: str, document: dict[str, Any]
+) -> None:
+    columns = {
+        "shapes": {"image": np.array(IMAGES["instances"], dtype=np.uint8)[..., np.newaxis]},
+        "people": {"age": np.array([41, np.nan]), "job": np.array(["cook", "pilot"], object)},
+    }[name]
+    answer = client.post(f"/v1/models/{name}:predict", json=document).json()
+    served = [list(p["probabilities"].values()) for p in answer["predictions"]]
+    offline = predict_probabilities(MODELS[name].model, MODELS[name].features, columns)
+    assert np.array_equal(np.array(served, dtype=np.float32), offline)
+    assert [p["class"] for p in answer["predictions"]] == [LABELS[i] for i in offline.argmax(1)]
+    assert (answer["model"], answer["version"]) == (name, 3)
+
+
+def test_health_and_the_list_of_models(client: Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/v1/models").json() == {
+        "models": [
+            {"name": name, "version": 3, "classes": list(LABELS)} for name in ("shapes", "people")
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404),
+        ("GET", "/healthz/", 404),
+        ("GET", "//v1/models", 404),
+        ("POST", "/healthz", 405),
+        ("GET", "/v1/models/shapes:predict", 405),
+        ("POST", "/v1/models/shapes", 404),
+        ("POST", "/v1/models/unknown:predict", 404),
+        ("POST", "/v1/models/..%2fshapes:predict", 404),
+        ("POST", "/v1/models/%00:predict", 404),
+        ("POST", "/v1/models/" + "x" * 5000 + ":predict", 404),
+    ],
+)
+def test_unknown_routes_and_models(client: Client, method: str, path: str, status: int) -> None:
+    response = client.request(method, path, json=None if method == "GET" else IMAGES)
+    assert response.status_code == status
+    check_error(response)
+
+
+def test_the_field_is_named(client: Client) -> None:
+    response = client.post("/v1/models/people:predict", json={"instances": [{"age": "41"}]})
+    assert response.status_code == 422
+    assert check_error(response)["field"] == "instances[0].age"
+
+
+def test_an_overflow_inside_the_model_is_the_fault_of_the_row(client: Client) -> None:
+    rows = {"instances": [{"age": 1}, {"age": 1e300}]}
+    response = client.post("/v1/models/people:predict", json=rows)
+    assert response.status_code == 422
+    assert check_error(response)["field"] == "instances[1]"
+
+
+def test_a_request_id_is_never_the_clients(client: Client) -> None:
+    ids = {
+        client.get("/healthz", headers={"x-request-id": "mine"}).headers["x-request-id"]
+        for _ in range(3)
+    }
+    assert len(ids) == 3
+    assert all(len(bytes.fromhex(request_id)) == 16 for request_id in ids)
+
+
+class Body:
+    """The receiving side of a request whose body comes in chunks, and how many were taken."""
+
+    def __init__(self, chunk: bytes) -> None:
+        self.chunk, self.taken = chunk, 0
+
+    async def __call__(self) -> dict[str, Any]:
+        self.taken += 1
+        return {"type": "http.request", "body": self.chunk, "more_body": True}
+
+
+class Stalled:
+    """The receiving side of a request whose body never comes."""
+
+    async def __call__(self) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def post(app: Any, receive: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    """One request by hand: no client library, no buffering."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    path = "/v1/models/shapes:predict"
+    fields = {"content-type": "application/json", **(headers or {})}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(name.encode(), value.encode()) for name, value in fields.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    await app(scope, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+@pytest.mark.parametrize("declared", [None, "3", "60000000", "9" * 5000, "x"])
+def test_an_endless_body_is_413_as_soon_as_it_is_too_large(declared: str | None) -> None:
+    body = Body(b"[" * 4096)
+    headers = {"content-length": declared} if declared else {}
+    status, answer = asyncio.run(post(build_app(MODELS, LIMITS), body, headers))
+    assert (status, answer["error"]["type"]) == (413, "body_too_large")
+    assert body.taken == LIMITS.max_body_bytes // 4096 + 1
+
+
+def test_a_body_that_never_comes_is_408() -> None:
+    app = build_app(MODELS, Limits(max_body_bytes=10, max_requests=1, request_timeout_s=0.05))
+    status, answer = asyncio.run(post(app, Stalled()))
+    assert (status, answer["error"]["type"]) == (408, "timeout")
+
+
+def test_a_full_house_refuses_the_next_request_at_once_and_opens_again() -> None:
+    app = build_app(MODELS, Limits(max_body_bytes=10, max_requests=2, request_timeout_s=60))
+
+    async def run() -> list[int]:
+        waiting = [asyncio.create_task(post(app, Stalled())) for _ in range(2)]
+        await asyncio.sleep(0)
+        refused, _ = await post(app, Stalled())
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        admitted, _ = await post(app, Body(b"x" * 11))
+        return [refused, admitted]
+
+    assert asyncio.run(run()) == [429, 413]
+
+
+def test_a_bug_is_500_and_tells_nothing() -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("secret")
+
+    broken = Served(MODELS["shapes"].version, IMAGE, Broken())
+    client = Client(build_app({"shapes": broken}, LIMITS))
+    response = client.post("/v1/models/shapes:predict", json=IMAGES)
+    assert response.status_code == 500
+    assert "secret" not in str(check_error(response))
+
+
+numbers = st.one_of(st.integers(), st.floats(), st.integers(0, 255))
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=8)),
+    lambda children: st.one_of(
+        st.lists(children, max_size=5),
+        st.dictionaries(st.sampled_from(["age", "job", "b64", "x", ""]), children, max_size=3),
+    ),
+    max_leaves=24,
+)
+images = st.lists(st.lists(numbers, min_size=3, max_size=5), min_size=3, max_size=5)
+rows = st.fixed_dictionaries({}, optional={"age": values, "job": values, "x": values})
+documents = st.one_of(
+    values,
+    st.dictionaries(st.sampled_from(["instances", "x"]), values),
+    st.fixed_dictionaries({"instances": st.lists(st.one_of(images, rows, values), max_size=4)}),
+)
+texts = documents.map(lambda document: json.dumps(document).encode())
+bodies = st.one_of(
+    texts,
+    st.binary(max_size=64),
+    st.tuples(texts, st.integers(0, 200), st.binary(max_size=3)).map(
+        lambda cut: cut[0][: cut[1]] + cut[2] + cut[0][cut[1] :]
+    ),
+)
+content_types = st.one_of(
+    st.just("application/json"),
+    st.sampled_from(["image/png", "image/jpeg", "application/json; charset=x", "", ";", "a/b"]),
+)
+
+
+def check_any_body_is_answered(client: Client, name: str, content_type: str, body: bytes) -> None:
+    path = f"/v1/models/{name}:predict"
+    response = client.post(path, content=body, headers={"content-type": content_type})
+    if response.status_code == 200:
+        assert len(response.json()["predictions"]) >= 1
+    else:
+        assert 400 <= response.status_code < 500, response.text
+        check_error(response)
+
+
+@given(name=st.sampled_from(["shapes", "people"]), content_type=content_types, body=bodies)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_body_makes_the_server_fail(
+    client: Client, name: str, content_type: str, body: bytes
+) -> None:
+    check_any_body_is_answered(client, name, content_type, body)
+
+
+@pytest.mark.faults
+@given(name=st.sampled_from(["shapes", "people"]), content_type=content_types, body=bodies)
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_body_of_ten_thousand_makes_the_server_fail(
+    client: Client, name: str, content_type: str, body: bytes
+) -> None:
+    check_any_body_is_answered(client, name, content_type, body)
+    assert client.post("/v1/models/people:predict", json=ROWS).status_code == 200

@@ -1,0 +1,149 @@
+"""Training on a real cluster: any worker count, killed workers, damaged checkpoints, bad data."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import safetensors.numpy
+
+from datasets import store_images
+from heliostat import spec, storage
+from heliostat.data.manifest import Manifest, data_key
+from heliostat.errors import HeliostatError
+from heliostat.spec import RunSpec
+from heliostat.storage import Store
+from heliostat.train import checkpoint
+from heliostat.train.launch import Result, train
+
+pytestmark = pytest.mark.cluster
+ROWS = {"train": 150, "validation": 20, "test": 20}
+
+
+@pytest.fixture()
+def store(cluster: Any, request: pytest.FixtureRequest) -> Store:
+    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
+    return storage.connect(f"{cluster.root}/{request.node.name.replace('[', '-').rstrip(']')}")
+
+
+def make_run(store: Store, **train_section: Any) -> RunSpec:
+    document = {
+        "name": "tiny",
+        "root": store.uri,
+        "data": {"source": "unused"},
+        "model": {"kind": "mlp", "hidden": [8]},
+        "train": {"workers": 2, "global_batch": 32, "epochs": 4, **train_section},
+    }
+    return spec.parse(document)
+
+
+def make_data(store: Store) -> Manifest:
+    manifest = store_images(store, ROWS)
+    key = data_key(manifest.name, manifest.version, "manifest.json")
+    store.write(key, json.dumps(manifest.to_json()).encode())
+    return manifest
+
+
+def weights(result: Result) -> np.ndarray:
+    tensors = safetensors.numpy.load(result.weights)
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def test_any_worker_count_trains_the_same_model(store: Store) -> None:
+    manifest = make_data(store)
+    one = train(make_run(store, workers=1, run="one"), manifest)
+    two = train(make_run(store, workers=2, run="two"), manifest)
+    assert one.step == two.step == 4 * 5
+    np.testing.assert_allclose(weights(one), weights(two), atol=1e-6)
+
+
+def test_a_killed_worker_costs_no_step(
+    store: Store, wait_until: Callable[..., None], cluster: Any
+) -> None:
+    manifest = make_data(store)
+    settings: dict[str, Any] = {"epochs": 400, "checkpoint_steps": 100}
+    undisturbed = train(make_run(store, run="calm", **settings), manifest)
+
+    @ray.remote(num_cpus=0)
+    def train_disturbed() -> Result:
+        return train(make_run(store, run="killed", **settings), manifest)
+
+    pending = train_disturbed.remote()
+    wait_until(lambda: checkpoint.committed(store, "killed"), 120)
+    victim = find_worker(cluster)
+    victim.kill()
+    newest = checkpoint.load_newest(store, "killed")
+    assert newest is not None
+    assert newest.step < undisturbed.step
+    result = ray.get(pending)
+    assert not victim.is_running()
+    assert result.step == undisturbed.step == 400 * 5
+    np.testing.assert_array_equal(weights(result), weights(undisturbed))
+
+
+def find_worker(cluster: Any) -> psutil.Process:
+    mine = f"127.0.0.1:{cluster.state.ports.gcs}"
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if "RayTrainWorker" in title and mine in " ".join(process.environ().values()):
+            return process
+    raise AssertionError("no training worker runs")
+
+
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(store: Store) -> None:
+    manifest = make_data(store)
+    run = make_run(store, run="torn", checkpoint_steps=5)
+    first = train(run, manifest)
+    newest, before = checkpoint.committed(store, "torn")
+    store.write(f"{newest}/model.safetensors", first.weights[:-1])
+    again = train(run, manifest)
+    assert before not in checkpoint.committed(store, "torn")[:1]
+    np.testing.assert_array_equal(weights(again), weights(first))
+
+
+def flip(data: bytes) -> bytes:
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, lambda data: b"", lambda data: data[:-1], None], ids=["flip", "empty", "cut", "gone"]
+)
+def test_damaged_data_ends_the_run_in_a_sentence_that_names_the_shard(
+    store: Store, damage: Callable[[bytes], bytes] | None
+) -> None:
+    """`check_shards` refuses these before a worker starts; here they happen after that check."""
+    manifest = make_data(store)
+    key = manifest.shards_of("train")[0].key
+    if damage is None:
+        store.delete(key)
+    else:
+        store.write(key, damage(store.read(key)))
+    with pytest.raises(HeliostatError, match=key.rpartition("/")[2]):
+        train(make_run(store, max_failures=1), manifest)
+
+
+def test_a_loss_that_diverges_ends_the_run_in_a_sentence(store: Store) -> None:
+    optimizer = {"kind": "sgd", "lr": 1e30}
+    with pytest.raises(HeliostatError, match=r"not finite|the loss became"):
+        train(make_run(store, optimizer=optimizer, max_failures=1), make_data(store))
+    assert checkpoint.load_newest(store, "tiny") is None
+
+
+def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(store: Store) -> None:
+    with pytest.raises(HeliostatError, match=r"train.workers=4 x 1 CPU take 4 of the 4 CPUs"):
+        train(make_run(store, workers=4), make_data(store))
+
+
+def test_a_run_name_taken_by_another_run_is_refused(store: Store) -> None:
+    manifest = make_data(store)
+    done = train(make_run(store, run="mine", epochs=1), manifest)
+    assert train(make_run(store, run="mine", epochs=1), manifest) == done
+    with pytest.raises(HeliostatError, match="run mine was started with another train section"):
+        train(make_run(store, run="mine", epochs=2), manifest)
+    other = replace(manifest, name="other")
+    with pytest.raises(HeliostatError, match="another data section"):
+        train(make_run(store, run="mine", epochs=1), other)
