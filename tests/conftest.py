@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -11,20 +12,31 @@ from pathlib import Path
 import pytest
 
 from heliostat import local
-from heliostat.local.home import Home
+from heliostat.environment import LOOPBACK
+from heliostat.local.home import Home, furnish
 
+HOME = Home(Path(tempfile.mkdtemp(prefix="heliostat-test-")))
+furnish(HOME)
+# What Ray reads when it is imported, which test modules do before any fixture runs.
+os.environ[LOOPBACK.name] = LOOPBACK.value
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(HOME.token)
+
+# SIGTERM ends a run like Ctrl-C, so that the fixtures still stop what they started.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 # Every deletion of a Serve application waits this long for its requests: 30 s by default.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HOME.path)
 
 
 @pytest.fixture(scope="session")
 def home() -> Iterator[Home]:
     """The home of the session's cluster; whatever was started in it ends with the session."""
-    path = Path(tempfile.mkdtemp(prefix="heliostat-test-"))
-    home = Home(path)
-    yield home
-    local.stop(home)
-    shutil.rmtree(path)
+    yield HOME
+    local.stop(HOME)
 
 
 @pytest.fixture(scope="session")

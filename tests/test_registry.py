@@ -298,7 +298,9 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_finite_weights_pass_and_non_finite_ones_are_named(local: Store, dtype: str) -> None:
-    finite = torch.tensor([0.0, -0.0, 1.5, -448.0, 2.0**-6]).to(getattr(torch, dtype))
+    limits = torch.finfo(getattr(torch, dtype))
+    values = torch.tensor([0.0, 1.5, limits.max, limits.min, limits.tiny], dtype=torch.float64)
+    finite = values.to(getattr(torch, dtype))
     registry.check_weights(save_torch({"layer.bias": finite}))
     # float8_e4m3fn has no infinity
     for bad in [NAN] if dtype == "float8_e4m3fn" else [NAN, INFINITY, -INFINITY]:

@@ -8,30 +8,31 @@ GIB = 2**30
 MIN_LOGICAL_CPUS = 4
 STORE_PORT_OFFSET = 10_000
 REPLICA_PORTS = 100
+PREFERRED_PORTS = {"s3": 8333, "dashboard": 8265, "gcs": 6379, "serve": 8000}
 
 
 @dataclass(frozen=True)
 class Ports:
-    """The four ports a user meets, the hidden ones beside them and the first of 100 for replicas.
+    """The ports of one cluster on one machine; `replicas` is the first of REPLICA_PORTS.
 
-    Every port of the object store (`s3` and `store_*`) takes the port 10,000 above it as well.
+    Every port of the store (`s3`, `store_*`) takes the port STORE_PORT_OFFSET above it as well.
     """
 
-    s3: int = 8333
-    dashboard: int = 8265
-    gcs: int = 6379
-    serve: int = 8000
-    store_master: int = 0
-    store_volume: int = 0
-    store_filer: int = 0
-    store_admin: int = 0
-    ray_client: int = 0
-    autoscaler_metrics: int = 0
-    dashboard_metrics: int = 0
-    serve_fallback: int = 0
-    serve_metrics: int = 0
-    serve_stats: int = 0
-    replicas: int = 0
+    s3: int
+    dashboard: int
+    gcs: int
+    serve: int
+    store_master: int
+    store_volume: int
+    store_filer: int
+    store_admin: int
+    ray_client: int
+    autoscaler_metrics: int
+    dashboard_metrics: int
+    serve_fallback: int
+    serve_metrics: int
+    serve_stats: int
+    replicas: int
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ TRAIN = (
     Setting("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5", "what the end of a run waits for"),
     Setting("RAY_TRAIN_ENABLE_PRINT_PATCH", "0", "a worker's line appears once in the job's log"),
 )
-LOOPBACK = (
-    Setting("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0", "a laptop's Ray listens on 127.0.0.1 only"),
-)
+# For every process of a laptop's cluster, drivers included; with it Ray keeps to 127.0.0.1 as it
+# does on macOS, and without it takes "127.0.0.1" for the address of the network card.
+LOOPBACK = Setting("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0", "nobody on the network reaches it")
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,11 @@ def check_weights(weights: bytes) -> None:
 
 
 def check_metrics(metrics: dict[str, float]) -> None:
+    """Refuse a metric that is NaN or infinite.
+
+    Raises:
+        HeliostatError: names the metric.
+    """
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise HeliostatError(

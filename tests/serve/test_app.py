@@ -146,16 +146,24 @@ def test_unknown_routes_and_models(client: Client, method: str, path: str, statu
 
 
 def test_the_field_is_named(client: Client) -> None:
-    response = client.post("/v1/models/people:predict", json={"instances": [{"age": "41"}]})
-    assert response.status_code == 422
-    assert check_error(response)["field"] == "instances[0].age"
+    for age in ("41", True, [41], 1e300):
+        rows = {"instances": [{"age": 41}, {"age": age}]}
+        response = client.post("/v1/models/people:predict", json=rows)
+        assert response.status_code == 422
+        assert check_error(response)["field"] == "instances[1].age"
 
 
-def test_an_overflow_inside_the_model_is_the_fault_of_the_row(client: Client) -> None:
-    rows = {"instances": [{"age": 1}, {"age": 1e300}]}
-    response = client.post("/v1/models/people:predict", json=rows)
+def test_an_overflow_inside_the_model_is_the_fault_of_the_row() -> None:
+    class Overflowing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(x), len(LABELS)), torch.inf)
+
+    overflowing = Served(MODELS["people"].version, TABLE, Overflowing())
+    response = Client(build_app({"people": overflowing}, LIMITS)).post(
+        "/v1/models/people:predict", json=ROWS
+    )
     assert response.status_code == 422
-    assert check_error(response)["field"] == "instances[1]"
+    assert check_error(response)["field"] == "instances[0]"
 
 
 def test_a_request_id_is_never_the_clients(client: Client) -> None:

@@ -342,16 +342,13 @@ def test_two_deploys_at_once_end_in_one_state(store: Store, digits: str) -> None
 
 @pytest.mark.cluster
 @pytest.mark.faults
-def test_replicas_without_room_are_given_up_within_a_minute(
-    store: Store, digits: str, serve_client: ServeSubmissionClient
-) -> None:
-    version, new = predict_online(digits)[0], publish(store, 300)
-    table, replicas = read_table(store), list_replicas(serve_client)
+def test_replicas_without_room_are_given_up_within_a_minute(store: Store, digits: str) -> None:
+    version, new, table = predict_online(digits)[0], publish(store, 300), read_table(store)
     with steady_load(digits, 1) as answered, pytest.raises(HeliostatError, match="did not start"):
         deploy(make_spec(store.uri, version=new.number, replicas=100))
-    assert set(answered) == {(200, version)}
+    assert set(answered) <= {(200, version), (200, new.number)}
+    assert predict_online(digits)[0] == version
     assert read_table(store) == table
-    assert list_replicas(serve_client) == replicas
 
 
 @pytest.mark.cluster

@@ -137,7 +137,7 @@ def summarise(manifest: Manifest) -> str:
     labels = ", ".join(manifest.labels[:20]) + (", ..." if len(manifest.labels) > 20 else "")
     lines.append(f"{len(manifest.labels)} classes: {labels}")
     lines.append(f"{report['rows_bad']:,} bad rows of {report['rows_read']:,}")
-    return "\n".join([*lines, *report["notes"]])
+    return "\n".join(lines)
 
 
 def _check_apart(source: Source, store: Store) -> None:
@@ -211,7 +211,7 @@ def _survey_units(
 
 def _survey_unit(form: str, source: Store, data: DataSpec, unit: Unit) -> str:
     try:
-        return json.dumps(FORMS[form].survey(source, unit, data), sort_keys=True)
+        return json.dumps(FORMS[form].survey(source, unit, data))
     except HeliostatError as error:
         return json.dumps({"error": str(error)})
 

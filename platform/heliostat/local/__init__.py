@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from heliostat.environment import LOOPBACK, STORE_PORT_OFFSET, Ports
+from heliostat.environment import LOOPBACK, PREFERRED_PORTS, STORE_PORT_OFFSET, Ports
 from heliostat.errors import HeliostatError
 from heliostat.local import head, machine, processes, store
 from heliostat.local.home import (
@@ -25,7 +25,6 @@ from heliostat.local.home import locate as locate
 
 BUCKET = "heliostat"
 REGION = "us-east-1"
-PREFERRED_PORTS = ("s3", "dashboard", "gcs", "serve")
 
 Report = Callable[[str], None]
 
@@ -106,7 +105,7 @@ class Cluster:
             "RAY_ADDRESS": self.gcs_address,
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
-            **{setting.name: setting.value for setting in LOOPBACK},
+            LOOPBACK.name: LOOPBACK.value,
             **self.credentials,
         }
 
@@ -185,12 +184,10 @@ def purge(home: Home) -> int:
 
 def _plan(free_ports: bool) -> State:
     """Decide everything about a new cluster; of the world only its scratch directory is made."""
-    kept = () if free_ports else PREFERRED_PORTS
-    picked = [field.name for field in fields(Ports) if field.name not in (*kept, "replicas")]
-    ports = Ports(
-        **dict(zip(picked, machine.pick_ports(len(picked)), strict=True)),
-        replicas=machine.pick_replica_ports(),
-    )
+    chosen = {"replicas": machine.pick_replica_ports()}
+    chosen |= {} if free_ports else PREFERRED_PORTS
+    others = [field.name for field in fields(Ports) if field.name not in chosen]
+    ports = Ports(**chosen, **dict(zip(others, machine.pick_ports(len(others)), strict=True)))
     # Sockets lie in it, whose paths are limited to about a hundred characters.
     scratch = Path(tempfile.mkdtemp(prefix="heliostat-", dir="/tmp"))
     return State(secrets.token_hex(16), ports, machine.measure(), scratch)

@@ -22,7 +22,7 @@ def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[st
     return {
         **{setting.name: setting.value for setting in TUNED},
         **processes.clean_environment(),
-        **{setting.name: setting.value for setting in (*REQUIRED, *LOOPBACK)},
+        **{setting.name: setting.value for setting in (*REQUIRED, LOOPBACK)},
         **credentials,
         **_place(state.ports, state.scratch),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

@@ -99,14 +99,19 @@ def furnish(home: Home) -> None:
     Raises:
         HeliostatError: the directory holds something else, or others can read a secret.
     """
-    if not home.exists and home.path.exists() and any(home.path.iterdir()):
+    if not home.exists and home.path.is_dir() and any(home.path.iterdir()):
         raise HeliostatError(
             f"{home.path} is neither empty nor a Heliostat home (it has no {MARKER_FILE} file): "
             f"choose another directory with --home"
         )
-    for directory in (home.path, home.objects, home.logs):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
+    try:
+        for directory in (home.path, home.objects, home.logs):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)
+    except OSError as error:
+        raise HeliostatError(
+            f"cannot make the home {home.path}: {error.strerror}; choose another with --home"
+        ) from error
     if not home.exists:
         write_private(home.path / MARKER_FILE, "A home of Heliostat.\n")
     if not home.token.exists():

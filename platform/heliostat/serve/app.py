@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
@@ -59,8 +58,7 @@ class Served:
             Refusal: what is wrong with the body.
         """
         columns = parse_body(self.features, content_type, body)
-        with np.errstate(over="ignore"):
-            probabilities = predict_probabilities(self.model, self.features, columns)
+        probabilities = predict_probabilities(self.model, self.features, columns)
         version = self.version
         return render_predictions(version.name, version.number, version.labels, probabilities)
 

@@ -99,6 +99,7 @@ def deploy(spec: RunSpec) -> str:
     check_root(store, client.get_serve_details())
     how = {"deploy": spec.deploy.model_copy(update={"version": None}), "code": store_code(store)}
     before = change_table(store, lambda table: replace_model(table, name, version.number, **how))
+    print(f"starting {spec.deploy.replicas} x {version.ref}", flush=True)
     try:
         roll_out(store, client)
     except HeliostatError as error:
@@ -197,11 +198,13 @@ def render_application(store: Store, table: Table) -> dict[str, Any]:
         request_timeout_s=deploy.request_timeout_s,
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
+    code = f"{root}/code/{table.code}.zip"
     return {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": f"{__name__}:{build_application.__name__}",
-        "runtime_env": {"working_dir": f"{root}/code/{table.code}.zip"},
+        # Both keys: one left out is inherited from the job that happened to start Serve.
+        "runtime_env": {"working_dir": code, "py_modules": [code]},
         "args": plan.model_dump(),
         "deployments": [{"name": Replica.__name__, "num_replicas": deploy.replicas}],
     }
@@ -230,5 +233,6 @@ def explain(app: dict[str, Any]) -> str:
 
 
 def find_url(client: ServeSubmissionClient) -> str:
-    options = client.get_serve_details()["http_options"]
-    return f"http://{options['host']}:{options['port']}"
+    options = HTTP_OPTIONS | client.get_serve_details()["http_options"]
+    host = "127.0.0.1" if options["host"] == "0.0.0.0" else options["host"]
+    return f"http://{host}:{options['port']}"

@@ -1,0 +1,269 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import save
+
+from heliostat import cli, local, registry, storage
+from heliostat.local import machine, processes
+from heliostat.local.home import Home, furnish, read_state
+
+COMMANDS = (["up"], ["status"], ["env"], ["down"], ["models"], ["models", "show"])
+
+
+@pytest.fixture
+def new_home() -> Iterator[Home]:
+    """A home with a name that a shell must quote; whatever a test starts in it is stopped."""
+    with tempfile.TemporaryDirectory(prefix="heliostat-test-") as directory:
+        home = Home(Path(directory) / "it's $HOME")
+        yield home
+        local.stop(home)
+
+
+def run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "heliostat.cli", *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def publish(root: Path) -> None:
+    draft = registry.Draft(
+        name="digits",
+        labels=("0", "1"),
+        features={},
+        spec={},
+        data_name="digits",
+        data_version="0" * 16,
+        run="first",
+        step=7,
+        code="",
+        metrics={"accuracy": 0.97},
+    )
+    store = storage.connect(str(root))
+    registry.publish(store, draft, save({"w": np.zeros(2, np.float32)}))
+    registry.set_alias(store, "digits", "production", 1)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_gives_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command, "--help"])
+    assert f"examples:\n  heliostat {' '.join(command)}" in capsys.readouterr().out.replace(
+        'eval "$(heliostat env)"', "heliostat env"
+    )
+
+
+def test_help_imports_neither_ray_nor_torch_nor_boto3() -> None:
+    script = (
+        "import sys; from heliostat import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print({'ray', 'torch', 'boto3', 'pydantic'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.endswith("set()\n")
+
+
+def test_where_nothing_runs_each_command_says_so(new_home: Home) -> None:
+    assert run("status", "--home", new_home.path).returncode == 1
+    assert json.loads(run("status", "--json", "--home", new_home.path).stdout)["parts"] == {}
+    result = run("env", "--home", new_home.path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "start it with `heliostat up`" in result.stderr
+    assert run("down", "--home", new_home.path).stdout == "Nothing ran.\n"
+    result = run("down", "--purge", "--home", new_home.path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert not new_home.path.exists()
+
+
+def test_a_taken_port_is_one_sentence_and_nothing_is_left(new_home: Home) -> None:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if machine.is_free(8333):  # else another program has taken it, which is as good
+            server.bind(("127.0.0.1", 8333))
+            server.listen()
+        result = run("up", "--home", new_home.path)
+    assert result.returncode == 2
+    assert "8333 (S3)" in result.stderr
+    assert "--free-ports" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not new_home.state.exists()
+
+
+def test_env_is_fit_for_eval_whatever_the_home_is_called(new_home: Home) -> None:
+    cluster = local.start(new_home, free_ports=True, with_ray=False)
+    script = f'eval "$({sys.executable} -m heliostat.cli env)" && env -0'
+    shell = {
+        "PATH": os.environ["PATH"],
+        "HELIOSTAT_HOME": str(new_home.path),
+        "AWS_PROFILE": "elsewhere",
+    }
+    output = subprocess.run(
+        ["bash", "-c", script], env=shell, capture_output=True, text=True, check=True
+    ).stdout
+    variables = dict(line.split("=", 1) for line in output.split("\0") if line)
+    assert variables.items() >= cluster.env.items()
+    assert variables["RAY_AUTH_TOKEN_PATH"] == str(new_home.token)
+    assert "AWS_PROFILE" not in variables
+
+
+def test_models_finds_the_running_store_by_itself(s3: local.Cluster) -> None:
+    bare = {"PATH": os.environ["PATH"], "HELIOSTAT_HOME": str(s3.home.path)}
+    result = subprocess.run(
+        [sys.executable, "-m", "heliostat.cli", "models", "--root", f"{s3.root}/empty"],
+        env=bare,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f"No model has been published to {s3.root}/empty yet.\n"
+
+
+def test_models_lists_versions_and_walks_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(tmp_path)
+    root = ["--root", str(tmp_path)]
+
+    assert cli.main(["models", *root]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[::3] == ["digits:1", "production"]
+
+    assert cli.main(["models", *root, "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)
+    assert models["digits"]["aliases"] == {"production": 1}
+    assert models["digits"]["versions"][0]["step"] == 7
+
+    assert cli.main(["models", *root, "show", "digits@production"]) == 0
+    shown = capsys.readouterr().out
+    assert "digits:1" in shown
+    assert "missing" in shown
+    assert "data/digits/0000000000000000/manifest.json" in shown
+
+    assert cli.main(["models", "show", "digits:1", *root, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"]["run"] == "first"
+
+    assert cli.main(["models", "show", "digits:2", *root]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.cluster
+def test_up_twice_is_harmless(cluster: local.Cluster) -> None:
+    before = local.measure_usage(cluster)["ray"].pids
+    result = run("up", "--home", cluster.home.path)
+    assert result.returncode == 0
+    assert "Everything runs already." in result.stdout
+    assert cluster.serve_url in result.stdout
+    assert set(before) <= set(local.measure_usage(cluster)["ray"].pids)
+
+
+@pytest.mark.cluster
+def test_a_second_cluster_lives_beside_the_first_and_goes_alone(
+    cluster: local.Cluster, new_home: Home
+) -> None:
+    result = run("up", "--free-ports", "--home", new_home.path)
+    assert result.returncode == 0, result.stderr
+    second = local.find(new_home)
+    assert second is not None
+    status = json.loads(run("status", "--json", "--home", new_home.path).stdout)
+    assert set(status["parts"]) == {"ray", "store"}
+    assert status["bounds"]["logical_cpus"] >= 4
+
+    # The shell of `heliostat env`: a job sees the bucket, `ray.init` and `serve` find the cluster.
+    script = f"""
+        set -e
+        eval "$({sys.executable} -m heliostat.cli env)"
+        cd /tmp
+        ray job submit -- python -c 'import boto3; print(boto3.client("s3").list_buckets())'
+        python -c 'import ray; ray.init(); print("CPUs", ray.cluster_resources()["CPU"])'
+        serve status
+    """
+    shell = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HELIOSTAT_HOME": str(new_home.path),
+    }
+    result = subprocess.run(
+        ["bash", "-c", script], env=shell, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "'Name': 'heliostat'" in result.stdout
+    assert f"CPUs {status['bounds']['logical_cpus']}" in result.stdout
+    assert "HEALTHY" in result.stdout
+
+    # The orphans of a dead raylet (HAProxy, agents) go as well.
+    ours = [psutil.Process(pid) for pid in local.measure_usage(second)["ray"].pids]
+    next(process for process in ours if process.name() == "raylet").kill()
+    result = run("down", "--home", new_home.path)
+    assert "The data stays in" in result.stdout
+    assert [process for process in ours if is_alive(process)] == []
+    assert_nothing_is_left(second)
+    assert set(local.measure_usage(cluster)) == {"ray", "store"}
+
+
+@pytest.mark.cluster
+def test_a_half_failed_up_stops_what_it_started_and_says_why(new_home: Home) -> None:
+    furnish(new_home)
+    new_home.token.write_text("")
+    result = run("up", "--free-ports", "--home", new_home.path)
+    assert result.returncode == 2
+    assert "Ray did not start: " in result.stderr
+    assert str(new_home.ray_log) in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert local.find(new_home) is None
+    assert not new_home.state.exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_up_leaves_nothing_running(
+    new_home: Home, wait_until: Callable[..., None], signum: int, status: int
+) -> None:
+    command = [sys.executable, "-m", "heliostat.cli", "up", "--free-ports", "--home"]
+    up = subprocess.Popen([*command, str(new_home.path)], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: read_state(new_home) is not None)
+    state = read_state(new_home)
+    assert state is not None
+    started = local.Cluster(new_home, state)
+    wait_until(lambda: "gcs_server" in names_of(started), seconds=60)
+    up.send_signal(signum)
+    _, errors = up.communicate(timeout=60)
+    assert up.returncode == status
+    assert "Traceback" not in errors
+    assert_nothing_is_left(started)
+
+
+def names_of(cluster: local.Cluster) -> set[str]:
+    return {
+        process.name()
+        for part in local.PARTS
+        for process in processes.find(f"{cluster.state.instance}.{part.name}")
+    }
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def assert_nothing_is_left(cluster: local.Cluster) -> None:
+    ports = cluster.state.ports
+    assert names_of(cluster) == set()
+    assert [port for port in vars(ports).values() if not machine.is_free(port)] == []
+    assert not cluster.state.scratch.exists()
+    assert not cluster.home.state.exists()
