@@ -16,6 +16,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE, STDOUT
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +98,7 @@ def submit(stage: str) -> None:
         HeliostatError: the job did not succeed.
     """
     say(f"ray job submit ... python jobs/{stage}.py {SPEC}")
-    ray = Path(sys.executable).with_name("ray")
+    ray = str(Path(sys.executable).with_name("ray"))
     options = ["--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml"]
     command = [ray, "job", "submit", *options, "--", "python", f"jobs/{stage}.py", SPEC]
     with subprocess.Popen(command, cwd=CHECKOUT, stdout=PIPE, stderr=STDOUT, text=True) as job:
@@ -127,10 +128,11 @@ def compare(store: Store, version: registry.Version, url: str) -> int:
     return equal
 
 
-def ask(url: str, image: bytes) -> dict[str, object]:
+def ask(url: str, image: bytes) -> dict[str, Any]:
     request = urllib.request.Request(url, image, {"Content-Type": "image/png"})
     with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)["predictions"][0]
+        answer: dict[str, Any] = json.load(response)["predictions"][0]
+    return answer
 
 
 def say(text: str) -> None:

@@ -1,8 +1,10 @@
 """The real parts that tests share: an S3 server, a laptop cluster, and patience with a deadline."""
 
 import os
+import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -13,8 +15,19 @@ import pytest
 
 from heliostat import local
 from heliostat.environment import LOOPBACK
+from heliostat.local import processes
 from heliostat.local.home import Home, furnish
 
+# The laptop's Ray talks on 127.0.0.1 only; `ray start --address` cannot join that, its node can.
+JOIN = """
+import sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+gcs, scratch, cpus = sys.argv[1:]
+Node(RayParams(gcs_address=gcs, node_ip_address="127.0.0.1", num_cpus=int(cpus),
+     object_store_memory=10**8, min_worker_port=0, max_worker_port=0, temp_dir=scratch),
+     head=False, shutdown_at_exit=False, spawn_reaper=False)
+"""
 HOME = Home(Path(tempfile.mkdtemp(prefix="heliostat-test-")))
 furnish(HOME)
 # What Ray reads when it is imported, which test modules do before any fixture runs.
@@ -49,6 +62,22 @@ def s3(home: Home) -> Iterator[local.Cluster]:
 def cluster(home: Home, s3: local.Cluster) -> Iterator[local.Cluster]:
     """A whole laptop cluster on the server of `s3`; this process's environment points at it."""
     yield from _enter(local.start(home, report=print))
+
+
+@pytest.fixture
+def join_node(cluster: local.Cluster) -> Iterator[Callable[[int], str]]:
+    """`join_node(cpus)`: a second raylet on this machine; the marker of its processes."""
+    scratch = Path(tempfile.mkdtemp(prefix="heliostat-", dir="/tmp"))
+    marker = secrets.token_hex(8)
+
+    def join(cpus: int) -> str:
+        command = [sys.executable, "-c", JOIN, cluster.gcs_address, str(scratch), str(cpus)]
+        processes.launch(marker, command, {**os.environ, **cluster.env}, scratch / "join.log")
+        return marker
+
+    yield join
+    processes.end(marker, grace_seconds=1)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import json
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -310,33 +309,16 @@ def test_a_lost_part_is_started_again_and_the_other_stays(
 
 @pytest.mark.faults
 def test_a_killed_node_is_found_dead_within_seconds(
-    cluster: local.Cluster, wait_until: WaitUntil
+    cluster: local.Cluster, join_node: Callable[[int], str], wait_until: WaitUntil, tmp_path: Path
 ) -> None:
-    """The laptop's Ray talks on 127.0.0.1 only; a second raylet of this machine can join it."""
-    scratch = Path(tempfile.mkdtemp(prefix="heliostat-", dir="/tmp"))
-    join = (
-        "import sys, time\n"
-        "from ray._private.node import Node\n"
-        "from ray._private.parameter import RayParams\n"
-        "Node(RayParams(gcs_address=sys.argv[1], node_ip_address='127.0.0.1', num_cpus=1,\n"
-        "     object_store_memory=10**8, min_worker_port=0, max_worker_port=0,\n"
-        "     temp_dir=sys.argv[2]), head=False, shutdown_at_exit=False, spawn_reaper=False)\n"
-    )
     watch = (
-        "import json, time, ray; ray.init()\n"
+        "import time, ray; ray.init()\n"
         "while True: print(sum(n['Alive'] for n in ray.nodes()), flush=True); time.sleep(0.2)\n"
     )
-    marker = secrets.token_hex(8)
-    environment = {**os.environ, **cluster.env}
-    log = scratch / "watch.log"
-    try:
-        processes.launch(marker, [sys.executable, "-c", watch], environment, log)
-        command = [sys.executable, "-c", join, cluster.gcs_address, str(scratch)]
-        processes.launch(marker, command, environment, scratch / "join.log")
-        wait_until(lambda: "\n2\n" in log.read_text(), seconds=120)
-        [raylet] = [found for found in processes.find(marker) if found.name() == "raylet"]
-        raylet.kill()
-        wait_until(lambda: log.read_text().endswith("1\n"), seconds=10)
-    finally:
-        processes.end(marker, grace_seconds=1)
-        shutil.rmtree(scratch, ignore_errors=True)
+    log = tmp_path / "watch.log"
+    marker = join_node(1)
+    processes.launch(marker, [sys.executable, "-c", watch], {**os.environ, **cluster.env}, log)
+    wait_until(lambda: "\n2\n" in log.read_text(), seconds=120)
+    [raylet] = [found for found in processes.find(marker) if found.name() == "raylet"]
+    raylet.kill()
+    wait_until(lambda: log.read_text().endswith("1\n"), seconds=10)

@@ -53,7 +53,7 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(
         ([(20, 30), (30, 20)], (16, 16), "from 20x30 to 30x20"),
         ([(45, 90), (61, 50), (900, 600)], (48, 48), "3 images from 61x50 to 900x600"),
         ([(4, 4), (5, 5)], (16, 16), "set data.image_size"),
-        ([(600, 400), (600, 400)], (64, 64), "at most 64"),
+        ([(600, 400), (600, 400)], (64, 64), "in steps of 8 from 16 to 64"),
     ],
 )
 def test_the_size_follows_from_the_files_and_says_why(

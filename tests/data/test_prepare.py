@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from heliostat.data.features import CategoryColumn, NumericColumn, encode, parse_instances
-from heliostat.data.manifest import Manifest, check_shards, load_manifest
+from heliostat.data.manifest import Manifest, Shard, check_shards, load_manifest
 from heliostat.data.prepare import prepare, require_prepared, summarise
-from heliostat.data.shards import order_of, read_group, split_of, to_columns
+from heliostat.data.shards import order_of, read_group, split_of, to_columns, write_shard
 from heliostat.errors import HeliostatError
 from heliostat.spec import RunSpec, parse
 from heliostat.storage import Entry, Store, connect
@@ -190,6 +190,25 @@ def test_stock_ray_data_loses_the_rows_of_an_empty_shard_that_we_refuse(
     assert ray.data.read_parquet(str(tmp_path / "data/tiny/shards")).count() == 10
     with pytest.raises(HeliostatError, match=manifest.shards[0].key):
         check_shards(store, manifest)
+
+
+@pytest.mark.cluster
+def test_stock_ray_data_returns_wrong_values_from_a_damaged_shard_that_we_refuse(
+    cluster: object, tmp_path: Path
+) -> None:
+    import ray
+
+    table = pa.table({"id": ["a", "b"], "x.n": [0.1, 0.7]})
+    data, footer, groups = write_shard(table, 10)
+    shard = Shard("shard.parquet", "train", 2, len(data), "", footer, groups)
+    store = connect(str(tmp_path))
+    damaged = data.replace(np.float64(0.7).tobytes(), np.float64(0.6).tobytes())
+    assert damaged != data
+    store.write(shard.key, damaged)
+    rows = ray.data.read_parquet(f"{tmp_path}/shard.parquet").take_all()
+    assert [row["x.n"] for row in rows] == [0.1, 0.6]
+    with pytest.raises(HeliostatError, match=r"row group 0 of .*shard.parquet"):
+        read_group(store, shard, 0)
 
 
 def test_a_root_inside_the_source_is_refused(tmp_path: Path) -> None:

@@ -99,9 +99,11 @@ def test_cut_points_part_the_splits_evenly(counts: tuple[int, int, int]) -> None
 
 
 def test_equal_rows_give_equal_bytes_however_they_are_chunked() -> None:
-    whole = pa.table({"id": ["a", "b", "c"], "label": pa.array([0, 1, 0], pa.int32())})
-    parts = pa.concat_tables([whole.slice(0, 1), whole.slice(1)])
-    assert write_shard(whole, 2) == write_shard(parts, 2)
+    rows = range(3000)
+    images = pa.array([bytes([row % 256]) * 784 for row in rows], pa.binary(784))
+    whole = pa.table({"id": [str(row) for row in rows], "image": images})
+    parts = pa.concat_tables([whole.slice(start, 700) for start in range(0, 3000, 700)])
+    assert write_shard(whole, 2048) == write_shard(parts, 2048)
 
 
 def test_row_groups_hold_the_rows_in_order(store: Store, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of a training run get: every row once per epoch, the same batches for any count."""
+"""What the ranks of a run get: every row once an epoch, the same batches for any count."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from heliostat.storage import Store, connect
 ROWS = {"train": 301, "test": 40}
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path: Path) -> Store:
     return connect(str(tmp_path))
 
@@ -73,7 +73,7 @@ def test_a_rank_without_rows_still_takes_part(store: Store) -> None:
     assert [len(rows) for rows in train_batches(store, manifest, order, range(4), 5)] == [3] * 4
 
 
-@pytest.mark.cluster()
+@pytest.mark.cluster
 def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: object) -> None:
     import ray
 
@@ -92,7 +92,7 @@ def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: objec
         ray.kill(actor)
 
 
-@pytest.mark.cluster()
+@pytest.mark.cluster
 def test_a_split_is_read_whole_in_stored_order(cluster: object) -> None:
     import ray
 

@@ -149,6 +149,7 @@ def test_tables_that_cannot_be_a_data_set_are_refused(read: Read) -> None:
             {},
         ),
         ("is empty", {"t.csv": b""}, {}),
+        ("is empty", {"t.csv": b"\n\n"}, {}),
         ("only the class 'p'", {"t.csv": b"a,y\n1,p\n2,p\n"}, {}),
         ("no labels", {"t.csv": b"a,y\n"}, {}),
         ("its first line must name the columns", {"t.csv": b"1,2\n3,4\n"}, {}),
@@ -163,6 +164,11 @@ def test_tables_that_cannot_be_a_data_set_are_refused(read: Read) -> None:
         (
             r"nested has the type list.*set data.columns.nested=ignore",
             {"t.parquet": parquet({"nested": [[1], [2]], "y": ["p", "q"]})},
+            {},
+        ),
+        (
+            "the label y of .* is neither a number nor a text",
+            {"t.parquet": parquet({"a": [1, 2], "y": [[1], [2]]})},
             {},
         ),
         (

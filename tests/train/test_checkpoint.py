@@ -12,7 +12,7 @@ FILES = {"model.safetensors": b"weights " * 100, "state.json": b"{}"}
 RUN = "digits-1"
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path: Path) -> Store:
     return connect(str(tmp_path))
 

@@ -114,9 +114,9 @@ def _choose_size(sizes: Counter[tuple[int, int]], data: DataSpec) -> tuple[tuple
     side = max(MIN_SIDE, min(MAX_SIDE, median // SIDE_STEP * SIDE_STEP))
     area = sorted(sizes, key=math.prod)
     return (side, side), (
-        f"image size {side}x{side} - the median of {sizes.total():,} images from "
-        f"{area[0][0]}x{area[0][1]} to {area[-1][0]}x{area[-1][1]} (height x width) has a shorter "
-        f"side of {median}, at most {MAX_SIDE} is kept; set data.image_size to change it"
+        f"image size {side}x{side} - the median shorter side of {sizes.total():,} images from "
+        f"{area[0][0]}x{area[0][1]} to {area[-1][0]}x{area[-1][1]} (height x width) is {median}, "
+        f"in steps of {SIDE_STEP} from {MIN_SIDE} to {MAX_SIDE}; set data.image_size to change it"
     )
 
 

@@ -46,11 +46,11 @@ def _count_values(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _measure_numbers(column: pa.ChunkedArray) -> dict[str, Any]:
     values = column.drop_null().to_pylist()
     mean = math.fsum(values) / len(values) if values else 0.0
-    spread = math.fsum((value - mean) ** 2 for value in values)
     return {
         "count": len(values),
         "mean": mean,
-        "spread": spread,
+        "spread": math.fsum((value - mean) ** 2 for value in values),
+        "range": [min(values), max(values)] if values else [],
         "missing": column.null_count,
     }
 
@@ -117,8 +117,12 @@ def _settle_numbers(
     if not count:
         return None, f"column {name} is dropped: it has no value in the training rows"
     has_missing = any(part["missing"] for part in parts)
-    note = "" if spread else f"column {name} has only the value {mean:g} in the training rows"
-    return NumericColumn(name, mean, math.sqrt(spread / count) or 1.0, has_missing), note
+    extremes = {bound for part in parts for bound in part["range"]}
+    if len(extremes) == 1:  # the mean of equal numbers may be off by rounding
+        (only,) = extremes
+        note = f"column {name} has only the value {only:g} in the training rows"
+        return NumericColumn(name, only, 1.0, has_missing), note
+    return NumericColumn(name, mean, math.sqrt(spread / count) or 1.0, has_missing), ""
 
 
 def _settle_texts(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -196,8 +197,8 @@ def _survey(source: Source, data: DataSpec) -> Survey:
     form = FORMS[source.form]
     survey_units = partial(_survey_units, source.form, source.store, data)
     found = _from_units(form.split(source)).map_batches(survey_units, batch_size=None)
-    results = sorted(row["found"] for row in found.iter_rows())
-    survey = form.settle(source, [_checked(result) for result in results], data)
+    results = [(row["found"], _checked(row["found"])) for row in found.iter_rows()]
+    survey = form.settle(source, [result for _, result in sorted(results, key=itemgetter(0))], data)
     for note in survey.notes:
         print(note, flush=True)
     return survey
@@ -242,7 +243,7 @@ def _write_shards(store: Store, source: Source, survey: Survey, spec: RunSpec) -
             outcomes.append(_checked(row["outcome"]))
             if "shard" in outcomes[-1]:
                 print(_describe_shard(outcomes[-1]["shard"]), flush=True)
-    return sorted(outcomes, key=lambda outcome: outcome["first"])
+    return sorted(outcomes, key=itemgetter("first"))
 
 
 def _num_shards(source: Source, survey: Survey, data: DataSpec) -> dict[str, int]:

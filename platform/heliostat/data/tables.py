@@ -61,20 +61,24 @@ def _split_tables(source: Source) -> list[Unit]:
 def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: DataSpec) -> Survey:
     """What follows from the surveys of all files and the kind of each column by its content."""
     _check_same_columns(source.store.uri, found)
-    if data.label not in kinds:
-        raise HeliostatError(
-            f"data.label is {data.label!r}: set it to the column of {source.store.uri} that is to "
-            f"be predicted, one of {', '.join(filter(None, kinds))}"
-        )
     kept = _keep_columns(kinds, data)
     rows = sum(part["rows"] for part in found)
     labels = {label for part in found for label in part["labels"]}
     return Survey(
-        TableLayout(data.label, kept),
+        TableLayout(str(data.label), kept),
         sort_labels(labels, f"the column {data.label} of {source.store.uri}"),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
         tuple(_describe_columns(kinds, kept)),
+    )
+
+
+def _check_label(names: list[str], data: DataSpec, place: str) -> str:
+    if data.label and data.label in names:
+        return data.label
+    raise HeliostatError(
+        f"data.label is {data.label!r}: set it to the column of {place} that is to be predicted, "
+        f"one of {', '.join(filter(None, names))}"
     )
 
 
@@ -209,13 +213,13 @@ def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many values of each column there are, and how many of them are numbers."""
     rows, labels = 0, set[str]()
     with _open_csv(store, unit["key"]) as (header, batches):
+        label = _check_label(header, data, f"{store.uri}/{unit['key']}")
         counts = {name: np.zeros(2, np.int64) for name in header}
         for batch in batches:
             rows += len(batch.rows)
             for name, column in batch.columns.items():
                 counts[name] += _count_numbers(column)
-            if data.label in header:
-                labels = _distinct(labels, batch.columns[data.label])
+            labels = _distinct(labels, batch.columns[label])
     return {
         "key": unit["key"],
         "types": dict.fromkeys(header, "text"),
@@ -266,13 +270,11 @@ def _open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batc
 
 def _check_header(header: list[str], place: str) -> None:
     names = [name for name in header if name]
-    if any(SURROGATES.search(name) or "\0" in name for name in names):
-        raise HeliostatError(f"{place} is not UTF-8 text: save it as UTF-8")
     if not names:
         raise HeliostatError(f"{place} is empty: its first line must name the columns")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise HeliostatError(f"{place} names the column {twice} twice: rename one")
+    if any(SURROGATES.search(name) or "\0" in name for name in names):
+        raise HeliostatError(f"{place} is not UTF-8 text: save it as UTF-8")
+    _check_names(names, place)
     if all(parse_number(name) is not None for name in names):
         raise HeliostatError(
             f"{place} begins with {names[0]}: its first line must name the columns"
@@ -305,11 +307,14 @@ def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
     """Names and types of the columns; only the label's values are read."""
     with _open_parquet(store, unit["key"]) as file:
         types = {field.name: _plain_type(field.type) for field in file.schema_arrow}
-        _check_names(file.schema_arrow.names, f"{store.uri}/{unit['key']}")
+        place = f"{store.uri}/{unit['key']}"
+        _check_names(file.schema_arrow.names, place)
+        label = _check_label(list(types), data, place)
+        if _kind_of(types[label]) not in CATEGORY_OR_NUMERIC:
+            raise HeliostatError(f"the label {label} of {place} is neither a number nor a text")
         labels = set[str]()
-        if data.label in types and _kind_of(types[data.label]) in CATEGORY_OR_NUMERIC:
-            for batch in file.iter_batches(BATCH_ROWS, columns=[data.label]):
-                labels = _distinct(labels, _plain(batch.column(data.label)))
+        for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
+            labels = _distinct(labels, _plain(batch.column(label)))
     return {
         "key": unit["key"],
         "types": {name: str(kind) for name, kind in types.items()},

@@ -1,5 +1,6 @@
 """Puts versions on the cluster: one Serve application that serves what the bucket's table says."""
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from heliostat import registry
-from heliostat.code import store_code
+from heliostat.archive import store_code
 from heliostat.errors import HeliostatError
 from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
 from heliostat.storage import Conflict, Missing, Store, connect
@@ -193,7 +194,7 @@ def render_application(store: Store, table: Table) -> dict[str, Any]:
     plan = Plan(
         root=store.uri,
         models=table.models,
-        max_body_bytes=int(deploy.max_body_mib * 2**20),
+        max_body_bytes=math.ceil(deploy.max_body_mib * 2**20),
         max_requests=deploy.max_queued_requests,
         request_timeout_s=deploy.request_timeout_s,
     )

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from heliostat import metrics, spec, storage
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest, load_manifest
+from heliostat.data.order import Order
 from heliostat.environment import TRAIN, check_cpus
 from heliostat.errors import HeliostatError
 from heliostat.models import build, count_parameters
@@ -54,7 +55,7 @@ def identify(run: RunSpec, manifest: Manifest) -> str:
     return f"{run.name}-{spec.digest(_describe(run, manifest))[:12]}"
 
 
-def count_steps(run: RunSpec, order: stream.Order) -> int:
+def count_steps(run: RunSpec, order: Order) -> int:
     total = run.train.epochs * order.steps_per_epoch
     return min(total, run.train.steps or total)
 

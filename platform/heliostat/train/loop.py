@@ -74,7 +74,7 @@ def fit(
         logits = model(batch.inputs)
         loss_sum = functional.cross_entropy(logits, batch.targets, reduction="sum")
         optimizer.zero_grad(set_to_none=True)
-        (loss_sum * (world_size / batch.global_rows)).backward()
+        torch.autograd.backward(loss_sum * (world_size / batch.global_rows))
         correct = (logits.detach().argmax(dim=1) == batch.targets).sum()
         totals = torch.stack([loss_sum.detach().double(), correct.double()])
         if world_size > 1:

@@ -2,7 +2,8 @@
 
 import safetensors.torch
 
-from heliostat import code, evaluate, registry, spec, storage
+from heliostat import evaluate, registry, spec, storage
+from heliostat.archive import store_code
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest
 from heliostat.models import build
@@ -26,7 +27,7 @@ def publish(run: RunSpec, manifest: Manifest, result: Result) -> registry.Versio
         data_version=manifest.version,
         run=result.run,
         step=result.step,
-        code=code.store_code(store),
+        code=store_code(store),
         metrics={**result.metrics, **_validate(run, manifest, result)},
     )
     return registry.publish(store, draft, result.weights)

@@ -15,7 +15,7 @@ PACKAGE_SUFFIXES = {".py", ".typed"}
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time that a zip can hold
 
 
-def archive() -> bytes:
+def pack() -> bytes:
     """A zip of this package under `code/heliostat/`: the same files give the same bytes."""
     return zip_package(Path(str(files(heliostat))))
 
@@ -38,7 +38,7 @@ def zip_package(folder: Path) -> bytes:
 
 def store_code(store: Store) -> str:
     """Keep the archive at `code/SHA256.zip` and return its SHA-256 (hex)."""
-    data = archive()
+    data = pack()
     sha256 = hashlib.sha256(data).hexdigest()
     with suppress(Conflict):
         store.create(f"{TOP}/{sha256}.zip", data)

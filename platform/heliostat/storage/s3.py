@@ -1,186 +1,34 @@
-"""One URI, one store: objects in a bucket or a local directory, written whole or not at all."""
+"""Objects in a bucket: requests that outlast faults, and what a refusal means to the user."""
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
-import hashlib
 import io
+import logging
 import os
 import random
-import re
 import secrets
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from botocore import exceptions as aws
 
 from heliostat.errors import HeliostatError
+from heliostat.storage.entry import Conflict, Entry, Missing, check_key
 
-MIB = 1024 * 1024
-CHUNK_BYTES = MIB
-PART_BYTES = 16 * MIB
+CHUNK_BYTES = 1024 * 1024
+PART_BYTES = 16 * CHUNK_BYTES
 MAX_PARTS = 10_000
 PARALLEL_PARTS = 4
 WRITER = "heliostat-writer"
-HIDDEN = ".heliostat-local"
+CHATTY = ("botocore.credentials", "botocore.configprovider")  # at INFO, in the log of every job
 CHANCE = random.SystemRandom()  # not the shared generator, which a training run seeds
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored object: its key below the store's URI, its size in bytes and its version."""
-
-    key: str
-    size: int
-    etag: str
-
-
-class Conflict(Exception):
-    """A conditional write lost: the object exists already, or is no longer the one expected."""
-
-
-class Missing(HeliostatError):
-    """There is no such object."""
-
-
-class Store(Protocol):
-    """Objects by key below one URI. A store can be pickled and never carries credentials.
-
-    Every method raises HeliostatError when the store cannot be reached or refuses; no method
-    returns fewer bytes than the object has, and no failed write leaves an object behind.
-    """
-
-    @property
-    def uri(self) -> str:
-        """Without a trailing slash: `s3://bucket/prefix` or an absolute path."""
-
-    def read(self, key: str) -> bytes:
-        """The whole object; Missing if there is none."""
-
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset` on."""
-
-    def open(self, key: str) -> BinaryIO:
-        """The object as a sequential stream of bounded memory."""
-
-    def write(self, key: str, data: bytes) -> str:
-        """Store or overwrite the object; returns its etag."""
-
-    def upload(self, key: str, path: Path) -> str:
-        """Store a file of any size in bounded memory; returns its etag."""
-
-    def create(self, key: str, data: bytes) -> str:
-        """Store a new object; Conflict if the key is taken. Of many racers exactly one wins."""
-
-    def replace(self, key: str, data: bytes, etag: str) -> str:
-        """Overwrite the object while it still is the one with `etag`; else Conflict."""
-
-    def stat(self, key: str) -> Entry | None:
-        """The object's entry, None if there is no object."""
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """The entries of all keys that begin with the string `prefix`, sorted by key."""
-
-    def delete(self, key: str) -> None:
-        """Remove the object; that it does not exist is fine."""
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How often a request is sent and how long it waits; the defaults outlast a 30 s outage."""
-
-    attempts: int = 13
-    base_seconds: float = 0.1
-    cap_seconds: float = 10.0
-    connect_timeout_seconds: float = 5.0
-    read_timeout_seconds: float = 20.0
-
-    def pauses(self) -> Iterator[float]:
-        """Seconds to wait before each repetition: doubled, capped, the upper half is chance."""
-        for repetition in range(self.attempts - 1):
-            longest = min(self.cap_seconds, self.base_seconds * 2**repetition)
-            yield longest * CHANCE.uniform(0.5, 1)
-
-
-QUICK = Retry(attempts=2, base_seconds=0.2, connect_timeout_seconds=2, read_timeout_seconds=3)
-
-
-def connect(uri: str) -> "S3Store | LocalStore":
-    """The store at `s3://bucket[/prefix]`, `file:///path` or a local path; nothing is sent yet.
-
-    Raises:
-        HeliostatError: the URI has another scheme, no bucket, or a prefix that is no key.
-    """
-    scheme, colon, rest = uri.partition(":")
-    if not uri or "\0" in uri:
-        raise HeliostatError(f"{uri!r} is not a place: give s3://bucket/prefix or a directory")
-    if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
-        return LocalStore(os.path.abspath(os.path.expanduser(uri)))
-    if scheme.lower() == "file" and rest.startswith("///"):
-        return LocalStore(os.path.abspath(rest[2:]))
-    if scheme.lower() != "s3" or not rest.startswith("//"):
-        raise HeliostatError(
-            f"{scheme}: is not a supported place: give s3://bucket/prefix or a directory"
-        )
-    bucket, _, prefix = rest[2:].rstrip("/").partition("/")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", bucket):
-        raise HeliostatError(
-            f"{bucket.rpartition('@')[2]!r} is not a bucket name: give s3://bucket/prefix, "
-            "and credentials only through the AWS variables or a profile"
-        )
-    return S3Store(f"s3://{join(bucket, _checked(prefix) if prefix else '')}")
-
-
-def join(*parts: str) -> str:
-    """The parts that are not empty, as one key."""
-    return "/".join(part for part in parts if part)
-
-
-def probe(store: Store) -> None:
-    """Write, read and delete one object, and check that a taken key cannot be created again.
-
-    Raises:
-        HeliostatError: within seconds, saying which of endpoint, credentials, clock, bucket,
-            region and permission is wrong and what to change.
-    """
-    quick = dataclasses.replace(store, retry=QUICK) if isinstance(store, S3Store) else store
-    key = f".heliostat-probe-{secrets.token_hex(8)}"
-    next(quick.list(key), None)  # some servers would create a missing bucket on the first write
-    quick.create(key, b"probe")
-    try:
-        if quick.read(key) != b"probe":
-            raise HeliostatError(f"{store.uri} gives back other bytes than were written")
-        with contextlib.suppress(Conflict):
-            quick.create(key, b"probe")
-            raise HeliostatError(
-                f"{store.uri} ignores conditional writes (If-None-Match), so two writers could "
-                "overwrite each other: use a server that supports them, such as AWS S3"
-            )
-    finally:
-        quick.delete(key)
-
-
-def _checked(key: str) -> str:
-    names = key.split("/")
-    reserved = any(name in ("", ".", "..") or name.startswith(HIDDEN) for name in names)
-    if reserved or re.search(r"[\0\\\ud800-\udfff]", key):
-        raise HeliostatError(
-            f"{key[:100]!r} is not a key: use names in UTF-8 joined by single '/', "
-            "none of them '.' or '..', without NUL and backslash"
-        )
-    return key
-
-
-# --- S3 ------------------------------------------------------------------------------------------
 
 ABSENT = {"NoSuchKey", "NotFound", "404", "NoSuchUpload"}
 LOST = {"PreconditionFailed", "412"}
@@ -245,6 +93,26 @@ ADVICE = {  # by error code of the server or by exception of botocore: what is w
 }
 
 
+@dataclass(frozen=True)
+class Retry:
+    """How often a request is sent and how long it waits; the defaults outlast a 30 s outage."""
+
+    attempts: int = 13
+    base_seconds: float = 0.1
+    cap_seconds: float = 10.0
+    connect_timeout_seconds: float = 5.0
+    read_timeout_seconds: float = 20.0
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds to wait before each repetition: doubled, capped, the upper half is chance."""
+        for repetition in range(self.attempts - 1):
+            longest = min(self.cap_seconds, self.base_seconds * 2**repetition)
+            yield longest * CHANCE.uniform(0.5, 1)
+
+
+QUICK = Retry(attempts=2, base_seconds=0.2, connect_timeout_seconds=2, read_timeout_seconds=3)
+
+
 def _explain(error: Exception, doing: str, retry: Retry) -> Exception:
     """What an error of botocore means to the user; the error itself where they cannot act."""
     names = [_code(error)] if _code(error) else [kind.__name__ for kind in type(error).__mro__]
@@ -292,6 +160,8 @@ def _build_client(pid: int, settings: tuple[tuple[str, str], ...], retry: Retry)
     import boto3
     from botocore.config import Config
 
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     session = boto3.session.Session()
     config = Config(
         connect_timeout=retry.connect_timeout_seconds,
@@ -342,7 +212,7 @@ class S3Store:
         return stream
 
     def write(self, key: str, data: bytes) -> str:
-        return _etag(self._send("put_object", _checked(key), Body=data))
+        return _etag(self._send("put_object", check_key(key), Body=data))
 
     def create(self, key: str, data: bytes) -> str:
         return self._write_if(key, data, IfNoneMatch="*")
@@ -357,7 +227,7 @@ class S3Store:
         writer = secrets.token_hex(16)
         upload = self._send(
             "create_multipart_upload",
-            _checked(key),
+            check_key(key),
             Metadata={WRITER: writer},
             ChecksumAlgorithm="CRC32",
             ChecksumType="FULL_OBJECT",
@@ -428,7 +298,7 @@ class S3Store:
         writer = secrets.token_hex(16)
         body = {"Body": data, "Metadata": {WRITER: writer}}
         try:
-            return self._send_once("put_object", _checked(key), writer, **body, **condition)
+            return self._send_once("put_object", check_key(key), writer, **body, **condition)
         except Missing as error:  # what was to be replaced is gone
             raise Conflict(f"{self.uri}/{key}") from error
 
@@ -512,159 +382,3 @@ class _Stream(io.RawIOBase):
         count = min(len(buffer), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
-
-
-# --- Local directory -----------------------------------------------------------------------------
-
-GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-
-
-@dataclass(frozen=True)
-class LocalStore:
-    """A directory and all below it; the etag is a SHA-256, so `stat` and `list` read the files.
-
-    Racing writers must share one file system whose locks work.
-    """
-
-    uri: str
-
-    def read(self, key: str) -> bytes:
-        with self.open(key) as file:
-            return file.read()
-
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        with self.open(key) as file:
-            file.seek(offset)
-            data = file.read(length)
-        if len(data) != length:
-            raise HeliostatError(f"cannot read {self.uri}/{key}: it ends before {offset + length}")
-        return data
-
-    def open(self, key: str) -> BinaryIO:
-        path = self._path(key)
-        with _refusals_explained(path):
-            try:
-                return path.open("rb")
-            except GONE as error:
-                raise Missing(f"cannot read {path}: there is no such object") from error
-
-    def write(self, key: str, data: bytes) -> str:
-        return self._publish(key, io.BytesIO(data), os.replace)
-
-    def upload(self, key: str, path: Path) -> str:
-        with path.open("rb") as source:
-            return self._publish(key, source, os.replace)
-
-    def create(self, key: str, data: bytes) -> str:
-        try:
-            return self._publish(key, io.BytesIO(data), os.link)
-        except FileExistsError as error:
-            raise Conflict(f"{self.uri}/{key}") from error
-
-    def replace(self, key: str, data: bytes, etag: str) -> str:
-        def swap(temporary: str, path: Path) -> None:
-            entry = self.stat(key)
-            if not entry or entry.etag != etag:
-                raise Conflict(f"{self.uri}/{key}")
-            os.replace(temporary, path)
-
-        return self._publish(key, io.BytesIO(data), swap)
-
-    def stat(self, key: str) -> Entry | None:
-        try:
-            with self.open(key) as file:
-                return Entry(key, os.fstat(file.fileno()).st_size, _sha256(file))
-        except Missing:
-            return None
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Holds all keys below `prefix`; follows symbolic links."""
-        with _refusals_explained(Path(self.uri)):
-            keys = sorted(self._keys(prefix))
-        return (entry for entry in map(self.stat, keys) if entry)
-
-    def delete(self, key: str) -> None:
-        path = self._path(key)
-        with _refusals_explained(path), contextlib.suppress(*GONE), _locked(path.parent):
-            path.unlink()
-
-    def _path(self, key: str) -> Path:
-        if ".." in key.split("/") or "\0" in key:
-            raise Missing(f"cannot read {key[:100]!r}: there is no such object")
-        return Path(f"{self.uri}/{key}")
-
-    def _publish(self, key: str, source: BinaryIO, place: Callable[[str, Path], None]) -> str:
-        """Copy `source` to a hidden file, then let `place` give it its name under the lock."""
-        path = self._path(_checked(key))
-        with _refusals_explained(path):
-            _make_private(path.parent)
-            handle, temporary = tempfile.mkstemp(prefix=HIDDEN, dir=path.parent)
-            try:
-                with os.fdopen(handle, "w+b") as file:
-                    shutil.copyfileobj(source, file, CHUNK_BYTES)
-                    file.flush()
-                    os.fsync(handle)
-                    file.seek(0)
-                    digest = _sha256(file)
-                with _locked(path.parent):
-                    place(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-        return digest
-
-    def _keys(self, prefix: str) -> Iterator[str]:
-        for directory, folders, files in os.walk(self.uri, onerror=_unless_gone, followlinks=True):
-            base = directory.removeprefix(self.uri).lstrip("/")
-            folders[:] = [name for name in folders if _meet(join(base, name) + "/", prefix)]
-            for name in folders:
-                _refuse_loop(Path(directory, name))
-            for name in files:
-                key, is_file = join(base, name), os.path.isfile(f"{directory}/{name}")
-                if is_file and key.startswith(prefix) and not name.startswith(HIDDEN):
-                    yield key
-
-
-def _meet(folder: str, prefix: str) -> bool:
-    return folder.startswith(prefix) or prefix.startswith(folder)
-
-
-def _refuse_loop(folder: Path) -> None:
-    if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
-        raise HeliostatError(f"the symbolic link {folder} leads back to itself: remove it")
-
-
-def _unless_gone(error: OSError) -> None:
-    if not isinstance(error, GONE):
-        raise error
-
-
-def _sha256(file: BinaryIO) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _make_private(directory: Path) -> None:
-    if not directory.is_dir():
-        _make_private(directory.parent)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    handle = os.open(directory / f"{HIDDEN}-lock", os.O_RDWR | os.O_CREAT, 0o600)
-    with os.fdopen(handle):
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _refusals_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise HeliostatError(
-            f"cannot use {path}: {error.strerror}: choose a directory that this user can read "
-            "and write, with free space, and no file in place of a folder"
-        ) from error

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 import heliostat
-from heliostat import code
+from heliostat import archive
 from heliostat.storage import connect
 
 PACKAGE = Path(heliostat.__file__).parent
 DIGEST = (
-    "import hashlib; from heliostat import code; print(hashlib.sha256(code.archive()).hexdigest())"
+    "import hashlib; from heliostat import archive; "
+    "print(hashlib.sha256(archive.pack()).hexdigest())"
 )
 
 
@@ -52,14 +53,14 @@ def add_strays(folder: Path) -> None:
 
 @pytest.mark.parametrize("disturb", [touch_everything, add_strays])
 def test_only_the_source_decides_the_bytes(copy: Path, disturb: Callable[[Path], None]) -> None:
-    before = code.zip_package(copy)
+    before = archive.zip_package(copy)
     disturb(copy)
-    assert code.zip_package(copy) == before
+    assert archive.zip_package(copy) == before
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "remove", "rename"])
 def test_changed_source_changes_the_bytes(copy: Path, change: str) -> None:
-    before = code.zip_package(copy)
+    before = archive.zip_package(copy)
     errors = copy / "errors.py"
     match change:
         case "edit":
@@ -70,13 +71,13 @@ def test_changed_source_changes_the_bytes(copy: Path, change: str) -> None:
             errors.unlink()
         case "rename":
             errors.rename(copy / "faults.py")
-    assert code.zip_package(copy) != before
+    assert archive.zip_package(copy) != before
 
 
 def test_the_archive_holds_the_package_below_one_folder() -> None:
-    with zipfile.ZipFile(BytesIO(code.archive())) as source:
+    with zipfile.ZipFile(BytesIO(archive.pack())) as source:
         names = source.namelist()
-        assert source.read("code/heliostat/code.py") == (PACKAGE / "code.py").read_bytes()
+        assert source.read("code/heliostat/archive.py") == (PACKAGE / "archive.py").read_bytes()
     assert len(names) == len(set(names))
     assert {"/".join(name.split("/")[:2]) for name in names} == {"code/heliostat"}
     assert {Path(name).suffix for name in names} <= {".py", ".typed"}
@@ -85,7 +86,7 @@ def test_the_archive_holds_the_package_below_one_folder() -> None:
 
 def test_a_copied_package_archives_itself(copy: Path) -> None:
     digest = run_python(DIGEST, copy.parent)
-    assert digest == hashlib.sha256(code.zip_package(copy)).hexdigest()
+    assert digest == hashlib.sha256(archive.zip_package(copy)).hexdigest()
     (copy / "extra.py").write_text("")
     assert run_python(DIGEST, copy.parent) != digest
 
@@ -94,7 +95,7 @@ def test_ray_unpacks_what_it_can_import(tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import unzip_package
 
     package, target = tmp_path / "package.zip", tmp_path / "unpacked"
-    package.write_bytes(code.archive())
+    package.write_bytes(archive.pack())
     unzip_package(str(package), str(target), remove_top_level_directory=True, unlink_zip=False)
     where = run_python("import heliostat.registry; print(heliostat.registry.__file__)", target)
     assert where == str(target / "heliostat" / "registry.py")
@@ -102,7 +103,7 @@ def test_ray_unpacks_what_it_can_import(tmp_path: Path) -> None:
 
 def test_code_is_stored_once_under_its_hash(bucket: str) -> None:
     store = connect(bucket)
-    sha256 = code.store_code(store)
-    assert code.store_code(store) == sha256
+    sha256 = archive.store_code(store)
+    assert archive.store_code(store) == sha256
     assert hashlib.sha256(store.read(f"code/{sha256}.zip")).hexdigest() == sha256
     assert [entry.key for entry in store.list()] == [f"code/{sha256}.zip"]
