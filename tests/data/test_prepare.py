@@ -140,6 +140,8 @@ def test_a_table_with_gaps_is_prepared_and_mended_and_answers_as_it_was_stored(
     store = connect(bucket)
     manifest = prepare(spec)
     assert any("column name is dropped" in note for note in manifest.report["notes"])
+    report = json.loads(store.read(f"data/tiny/{manifest.version}/report.json"))
+    assert report["notes"] == manifest.report["notes"]
     town, number = manifest.features.columns  # type: ignore[union-attr]
     assert town == CategoryColumn("town", ("Köln", "Ulm"))
     assert isinstance(number, NumericColumn)

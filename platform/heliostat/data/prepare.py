@@ -107,7 +107,7 @@ def prepare(spec: RunSpec) -> Manifest:
     report = _report(source, survey, outcomes)
     _refuse(store, spec, report, data_key(spec.name, "inputs", f"{fingerprint}.refused.json"))
     manifest = _assemble(spec, source, survey, outcomes, report)
-    _publish(store, manifest, report, fingerprint)
+    _publish(store, manifest, report | {"notes": manifest.report["notes"]}, fingerprint)
     return manifest
 
 
@@ -402,7 +402,6 @@ def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str
         "problems": dict(bad),
         "examples": [example for outcome in rejected for example in outcome["examples"]],
         "rows_by_class": _count_classes(survey, outcomes),
-        "notes": list(survey.notes),
     }
 
 
@@ -444,6 +443,9 @@ def _assemble(
     shards = tuple(shard_from_json(outcome["shard"]) for outcome in written)
     statistics = [outcome["statistics"] for outcome in written if outcome["statistics"]]
     features, notes = settle_features(survey.layout, statistics, spec.data)
+    unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
+    if unseen:
+        notes.append(f"classes without a training row: {', '.join(unseen)}")
     for note in notes:
         print(note, flush=True)
     unversioned = Manifest(

@@ -12,10 +12,12 @@ import ray
 import ray.data
 
 from heliostat.data.manifest import Manifest, Shard
-from heliostat.data.order import Order, share
+from heliostat.data.order import Chunk, Order, share
 from heliostat.data.shards import read_group, to_columns
+from heliostat.errors import HeliostatError
 from heliostat.storage import Store
 
+SENTENCE = "heliostat.error"
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 32 << 20
 CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
@@ -50,13 +52,15 @@ def read_split(store: Store, manifest: Manifest, split: str, batch: int) -> Iter
     _configure(ray.data.DataContext.get_current())
 
     def read(rows: pa.Table) -> pa.Table:
-        return read_group(store, *groups[rows["id"][0].as_py()])
+        return _told(lambda: read_group(store, *groups[rows["id"][0].as_py()]))
 
     dataset = ray.data.range(len(groups), override_num_blocks=len(groups)).map_batches(
         read, batch_size=None, batch_format="pyarrow"
     )
-    for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow"):
-        yield _columns(manifest, table)
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = _checked(block)
+        for first in range(0, table.num_rows, batch):
+            yield _columns(manifest, table.slice(first, batch))
 
 
 class ChunkReader:
@@ -103,10 +107,12 @@ class ChunkReader:
         store, order, groups = self._store, self._order, self._groups
         count = min(CHUNKS_PER_PIPELINE, self._stop - first)
 
-        def read(rows: pa.Table) -> pa.Table:
-            chunk = order.chunk(first + rows["id"][0].as_py())
+        def read_chunk(chunk: Chunk) -> pa.Table:
             tables = [read_group(store, *groups[group]) for group in chunk.groups]
             return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
+
+        def read(rows: pa.Table) -> pa.Table:
+            return _told(lambda: read_chunk(order.chunk(first + rows["id"][0].as_py())))
 
         dataset = ray.data.range(count, override_num_blocks=count).map_batches(
             read, batch_size=None, batch_format="pyarrow"
@@ -118,7 +124,8 @@ def fetch_from(reader: Any) -> Callable[[int], pa.Table]:
     """How a worker gets a chunk from the actor of a `ChunkReader`."""
 
     def fetch(index: int) -> pa.Table:
-        return pa.concat_tables(ray.get(ray.get(reader.chunk.remote(index))))
+        blocks = ray.get(ray.get(reader.chunk.remote(index)))
+        return pa.concat_tables(map(_checked, blocks))
 
     return fetch
 
@@ -172,6 +179,20 @@ def _ahead(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def _told(read: Callable[[], pa.Table]) -> pa.Table:
+    """What `read` returns, or its sentence as a block: Ray keeps only the text of an exception."""
+    try:
+        return read()
+    except HeliostatError as error:
+        return pa.table({SENTENCE: [str(error)]})
+
+
+def _checked(block: pa.Table) -> pa.Table:
+    if SENTENCE in block.column_names:
+        raise HeliostatError(block[SENTENCE][0].as_py())
+    return block
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:

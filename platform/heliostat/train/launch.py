@@ -70,6 +70,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
     name = identify(run, manifest)
     order = stream.plan(manifest, "train", run.train.global_batch, run.train.seed)
     steps = count_steps(run, order)
+    _register(store, name, _describe(run, manifest))
     if (done := _finished(store, name, steps)) is not None:
         print(f"run {name} has finished its {steps:,} steps before: nothing to train", flush=True)
         return done
@@ -81,12 +82,13 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
         f"{order.steps_per_epoch:,} steps an epoch, {workers} workers",
         flush=True,
     )
-    _register(store, name, _describe(run, manifest))
     store.delete(_failure_key(name))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=name)
     actor = reader.remote(store, manifest, "train", order, steps)
     try:
         _fit(run, manifest, name, steps)
+    except ray.train.TrainingFailedError as error:
+        raise HeliostatError(_failure(store, name)) from error
     finally:
         ray.kill(actor)
     if (result := _finished(store, name, steps)) is None:
@@ -153,9 +155,8 @@ def _work(config: dict[str, Any]) -> None:
         return
     try:
         _train_rank(run, load_manifest(store, *config["data"]), config["run"], config["steps"])
-    except (HeliostatError, ray.exceptions.RayError) as error:
-        if sentence := _sentence(error):
-            store.write(_failure_key(config["run"]), sentence.encode())
+    except HeliostatError as error:
+        store.write(_failure_key(config["run"]), str(error).encode())
         raise
 
 
@@ -291,15 +292,6 @@ def _failure(store: Store, name: str) -> str:
     if store.stat(_failure_key(name)):
         return store.read(_failure_key(name)).decode()
     return f"run {name} ended without a result: look at the job's log for the workers' last words"
-
-
-def _sentence(error: BaseException | None) -> str | None:
-    """The HeliostatError that `error` comes from, through Ray's wrappers."""
-    while error is not None:
-        if isinstance(error, HeliostatError):
-            return str(getattr(error, "cause", None) or error)
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def _result_key(name: str) -> str:
