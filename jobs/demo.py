@@ -103,9 +103,13 @@ def submit(stage: str) -> None:
     command = [ray, "job", "submit", *options, "--", "python", f"jobs/{stage}.py", SPEC]
     with subprocess.Popen(command, cwd=CHECKOUT, stdout=PIPE, stderr=STDOUT, text=True) as job:
         assert job.stdout is not None
-        for line in job.stdout:
-            if line.strip() and not SUBMITTER.search(line):
-                print(line, end="", flush=True)
+        try:
+            for line in job.stdout:
+                if line.strip() and not SUBMITTER.search(line):
+                    print(line, end="", flush=True)
+        except BaseException:
+            job.terminate()
+            raise
     if job.returncode:
         raise HeliostatError(f"the {stage} job failed, its output above says why")
 

@@ -62,5 +62,5 @@ def _store_shard(store: Store, split: str, numbers: range, rows_per_group: int) 
     data, footer, groups = write_shard(table, rows_per_group)
     sha256 = hashlib.sha256(data).hexdigest()
     key = f"data/tiny/shards/{sha256}.parquet"
-    store.write(key, data)
-    return Shard(key, split, len(numbers), len(data), sha256, footer, groups)
+    etag = store.write(key, data)
+    return Shard(key, split, len(numbers), len(data), sha256, footer, groups, etag)

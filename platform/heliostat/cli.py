@@ -120,6 +120,30 @@ def show_model(options: argparse.Namespace) -> None:
     print(json.dumps(asdict(lineage)) if options.json else _render_lineage(lineage))
 
 
+def move_alias(options: argparse.Namespace) -> None:
+    from heliostat import registry
+
+    store = _open_store(options)
+    version = registry.resolve(store, options.ref)
+    registry.set_alias(store, version.name, options.alias, version.number)
+    print(f"{version.name}@{options.alias} is {version.ref}")
+
+
+def upload(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from heliostat import storage
+
+    options.root = options.target
+    target = _open_store(options)
+    storage.probe(target)
+    began = time.monotonic()
+    count, size_bytes = storage.upload_folder(Path(options.folder), target, _print_now)
+    seconds = time.monotonic() - began
+    print(f"{count:,} files, {size_bytes / MIB:.1f} MiB in {seconds:.1f} s")
+    print(target.uri)
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="heliostat", description="From raw data in a bucket to answers over HTTP, on Ray."
@@ -127,6 +151,15 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_cluster_commands(commands)
     _add_model_commands(commands)
+    command = _add_command(
+        commands,
+        "upload",
+        upload,
+        "put the files of a local folder into a bucket, as raw data",
+        ["heliostat upload my-images s3://heliostat/raw/my-images"],
+    )
+    command.add_argument("folder", metavar="FOLDER", help="its files keep their paths as keys")
+    command.add_argument("target", metavar="URI", help="s3://bucket/prefix")
     return parser
 
 
@@ -174,16 +207,29 @@ def _add_model_commands(commands: Any) -> None:
     )
     models.add_argument("--root", default="s3://heliostat", metavar="URI", help="where they are")
     models.add_argument("--json", action="store_true", help="print JSON")
-    show = models.add_subparsers(metavar="COMMAND").add_parser(
+    commands = models.add_subparsers(metavar="COMMAND")
+    show = commands.add_parser(
         "show", help="walk from a version back to the shards it was trained on"
     )
-    show.add_argument("ref", metavar="REF", help="NAME:NUMBER, NAME@ALIAS or NAME (its newest)")
-    # Both places may name these; SUPPRESS keeps what was given before the word `show`.
-    show.add_argument("--root", default=argparse.SUPPRESS, metavar="URI", help="where it is")
-    show.add_argument("--home", default=argparse.SUPPRESS, metavar="DIR", help="see models --help")
+    _add_reference(show, show_model)
     show.add_argument("--json", default=argparse.SUPPRESS, action="store_true", help="print JSON")
     _explain(show, ["heliostat models show digits:3", "heliostat models show digits@production"])
-    show.set_defaults(run=show_model)
+    alias = commands.add_parser("alias", help="let an alias, as `production`, name a version")
+    _add_reference(alias, move_alias)
+    alias.add_argument("alias", metavar="ALIAS", help="found as NAME@ALIAS from then on")
+    _explain(alias, ["heliostat models alias digits:3 production"])
+
+
+def _add_reference(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int | None]
+) -> None:
+    parser.add_argument("ref", metavar="REF", help="NAME:NUMBER, NAME@ALIAS or NAME (its newest)")
+    # Both places may name these; SUPPRESS keeps what was given before the subcommand.
+    parser.add_argument("--root", default=argparse.SUPPRESS, metavar="URI", help="where it is")
+    parser.add_argument(
+        "--home", default=argparse.SUPPRESS, metavar="DIR", help="see models --help"
+    )
+    parser.set_defaults(run=run)
 
 
 def _add_command(

@@ -109,18 +109,22 @@ def score(
 
 
 def render(scores: Scores) -> str:
-    """A table by class and, up to 20 classes, the confusion matrix."""
-    width = max(5, *(len(label) for label in scores.labels))
+    """A table by class and, up to 20 classes, the confusion matrix; long labels are cut short."""
+    printable = (text if text.isprintable() else ascii(text)[1:-1] for text in scores.labels)
+    labels = [text if len(text) <= 40 else f"{text[:39]}…" for text in printable]
+    width = max(5, *map(len, labels))
     support = np.array(scores.confusion).sum(axis=1)
-    lines = [f"{'class':<{width}}  precision  recall    rows"]
+    digits = max(5, len(str(support.max())))
+    lines = [f"{'class':<{width}}  precision  recall  {'rows':>{digits + 1}}"]
     for label, precision, recall, rows in zip(
-        scores.labels, scores.precision, scores.recall, support, strict=True
+        labels, scores.precision, scores.recall, support, strict=True
     ):
-        lines.append(f"{label:<{width}}  {_cell(precision):>9}  {_cell(recall):>6}  {rows:>6}")
-    if len(scores.labels) <= 20:
+        shares = f"{_cell(precision):>9}  {_cell(recall):>6}"
+        lines.append(f"{label:<{width}}  {shares}  {rows:>{digits + 1}}")
+    if len(labels) <= 20:
         lines += ["", "confusion (a row per true class, a column per prediction)"]
-        for label, row in zip(scores.labels, scores.confusion, strict=True):
-            lines.append(f"{label:<{width}}  " + " ".join(f"{count:>5}" for count in row))
+        for label, row in zip(labels, scores.confusion, strict=True):
+            lines.append(f"{label:<{width}}  " + " ".join(f"{count:>{digits}}" for count in row))
     lines += ["", f"loss {scores.loss:.4f}  accuracy {scores.accuracy:.4f}  rows {scores.rows:,}"]
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """What a prepared data set is: its shards by hash, its split, its labels and its statistics."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from typing import Any
 from heliostat.data.features import Features, features_from_json, features_to_json
 from heliostat.errors import HeliostatError
 from heliostat.spec import check_name, digest
-from heliostat.storage import Missing, Store
+from heliostat.storage import Entry, Missing, Store
 
 SPLITS = ("train", "validation", "test")
 SHARD_FORMAT = 1
@@ -35,7 +36,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of one split; its key holds its SHA-256."""
+    """One Parquet file of one split; its key holds its SHA-256, `etag` is what the store says."""
 
     key: str
     split: str
@@ -44,6 +45,7 @@ class Shard:
     sha256: str
     footer: Span
     groups: tuple[RowGroup, ...]
+    etag: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def content_version(manifest: Manifest) -> str:
     document = manifest.to_json()
     content = {key: document[key] for key in ("schema", "labels", "features", "rows", "shards")}
     for shard in content["shards"]:
-        del shard["key"]
+        del shard["key"], shard["etag"]
     return digest(content | {"shard_format": SHARD_FORMAT})[:16]
 
 
@@ -115,24 +117,41 @@ def load_manifest(store: Store, name: str, version: str | None = None) -> Manife
 
 
 def check_shards(store: Store, manifest: Manifest) -> None:
-    """Check that every shard is stored with its size.
+    """Check that every shard is stored as it was written.
+
+    An object whose size and etag are those of the manifest is taken for unchanged; one with another
+    etag, as after a copy to another bucket, is read and its SHA-256 compared.
 
     Raises:
         HeliostatError: a shard is missing, empty, cut or replaced; names up to three.
     """
-    sizes = {entry.key: entry.size for entry in store.list(data_key(manifest.name, "shards/"))}
-    wrong = [shard for shard in manifest.shards if sizes.get(shard.key) != shard.bytes]
+    stored = {entry.key: entry for entry in store.list(data_key(manifest.name, "shards/"))}
+    wrong = [
+        f"{shard.key} {problem}"
+        for shard in manifest.shards
+        if (problem := _find_problem(store, shard, stored.get(shard.key)))
+    ]
     if wrong:
-        named = "; ".join(_complain(shard, sizes.get(shard.key)) for shard in wrong[:3])
         raise HeliostatError(
             f"{len(wrong)} of {len(manifest.shards)} shards of {manifest.name}@{manifest.version} "
-            f"under {store.uri} cannot be used, prepare the data again: {named}"
+            f"under {store.uri} cannot be used, prepare the data again: {'; '.join(wrong[:3])}"
         )
 
 
-def _complain(shard: Shard, size: int | None) -> str:
-    state = "is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}"
-    return f"{shard.key} {state}"
+def _find_problem(store: Store, shard: Shard, stored: Entry | None) -> str | None:
+    if stored is None:
+        return "is missing"
+    if stored.size != shard.bytes:
+        return f"has {stored.size:,} bytes instead of {shard.bytes:,}"
+    if stored.etag != shard.etag and not holds(store, shard.key, shard.sha256):
+        return "does not hold the bytes that were written"
+    return None
+
+
+def holds(store: Store, key: str, sha256: str) -> bool:
+    """Whether the object has this SHA-256 (hex); it is read in a stream."""
+    with store.open(key) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == sha256  # type: ignore[arg-type]
 
 
 def shard_from_json(document: dict[str, Any]) -> Shard:

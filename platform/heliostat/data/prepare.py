@@ -6,6 +6,7 @@ reads and cleans the rows, sorts them by a hash of their ids and writes a shard 
 
 import hashlib
 import json
+import logging
 import math
 import threading
 from collections import Counter
@@ -30,6 +31,7 @@ from heliostat.data.manifest import (
     check_shards,
     content_version,
     data_key,
+    holds,
     load_manifest,
     shard_from_json,
 )
@@ -183,6 +185,7 @@ def _ray_data() -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     with DataContext.current(context):
         yield
@@ -329,9 +332,9 @@ def _write(plan: Plan, block: pa.Table) -> Outcome:
     sha256 = hashlib.sha256(data).hexdigest()
     key = data_key(plan.name, "shards", f"{sha256}.parquet")
     stored = plan.store.stat(key)
-    if stored is None or stored.size != len(data):
-        plan.store.write(key, data)
-    shard = Shard(key, split, rows.num_rows, len(data), sha256, footer, groups)
+    sound = stored is not None and stored.size == len(data) and holds(plan.store, key, sha256)
+    etag = stored.etag if stored and sound else plan.store.write(key, data)
+    shard = Shard(key, split, rows.num_rows, len(data), sha256, footer, groups, etag)
     return {
         "shard": asdict(shard),
         "schema": {field.name: str(field.type) for field in rows.schema},

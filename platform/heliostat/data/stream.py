@@ -1,5 +1,6 @@
 """A data set as batches: Ray Data reads and verifies row groups in the order of `order`."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -209,3 +210,4 @@ def _configure(context: ray.data.DataContext) -> None:
     """Say nothing about a pipeline in the job's log: the stage reports its own progress."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

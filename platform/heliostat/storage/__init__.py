@@ -5,7 +5,8 @@ import dataclasses
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -26,6 +27,7 @@ __all__ = [
     "connect",
     "join",
     "probe",
+    "upload_folder",
 ]
 
 
@@ -95,6 +97,26 @@ def connect(uri: str) -> S3Store | LocalStore:
             "and credentials only through the AWS variables or a profile"
         )
     return S3Store(f"s3://{join(bucket, check_key(prefix) if prefix else '')}")
+
+
+def upload_folder(folder: Path, target: Store, report: Callable[[str], None]) -> tuple[int, int]:
+    """Put every file below `folder` into `target`, its path the key; how many files and bytes.
+
+    What is hidden (a name that starts with a dot) stays behind; `report` gets a line per thousand.
+
+    Raises:
+        HeliostatError: the folder has no files, or a path that is not a key.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    keys = {path.relative_to(folder).as_posix(): path for path in paths}
+    visible = {key: path for key, path in keys.items() if not re.search(r"(^|/)\.", key)}
+    if not visible:
+        raise HeliostatError(f"{folder} has no files to upload: give a folder with raw data")
+    with ThreadPoolExecutor(8) as threads:
+        for done, _ in enumerate(threads.map(target.upload, visible, visible.values()), start=1):
+            if done % 1000 == 0:
+                report(f"{done:,} of {len(visible):,} files")
+    return len(visible), sum(path.stat().st_size for path in visible.values())
 
 
 def probe(store: Store) -> None:

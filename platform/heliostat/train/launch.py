@@ -82,6 +82,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
         f"{order.steps_per_epoch:,} steps an epoch, {workers} workers",
         flush=True,
     )
+    _say_if_waiting(run)
     store.delete(_failure_key(name))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=name)
     actor = reader.remote(store, manifest, "train", order, steps)
@@ -94,6 +95,18 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
     if (result := _finished(store, name, steps)) is None:
         raise HeliostatError(_failure(store, name))
     return result
+
+
+def _say_if_waiting(run: RunSpec) -> None:
+    """A run whose CPUs are held by others, as by served models, waits for them: not in silence."""
+    free = ray.available_resources().get("CPU", 0)
+    needed = run.train.workers * run.train.cpus_per_worker + 1
+    if free < needed:
+        print(
+            f"waiting for CPUs: {free:g} of {ray.cluster_resources()['CPU']:g} are free, {needed} "
+            "are needed (one to read data); `serve status` and `ray job list` show the others",
+            flush=True,
+        )
 
 
 def _describe(run: RunSpec, manifest: Manifest) -> dict[str, Any]:

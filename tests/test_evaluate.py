@@ -1,0 +1,227 @@
+"""Laws of an evaluation: the counts are those of a direct computation, however rows are batched."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as nps
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from heliostat import registry, spec, storage
+from heliostat.data.features import (
+    CategoryColumn,
+    Features,
+    ImageFeatures,
+    NumericColumn,
+    TableFeatures,
+    features_to_json,
+    input_shape,
+)
+from heliostat.evaluate import Scores, load_model, predict_probabilities, render, score
+from heliostat.models import MODELS, build
+
+LABELS = ("cat", "dog", "owl")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Rows whose logits (N, classes) are known: their columns go through the model unchanged."""
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int32]
+
+    @property
+    def classes(self) -> int:
+        return self.logits.shape[1]
+
+    @property
+    def guesses(self) -> NDArray[np.int64]:
+        return self.logits.argmax(axis=1)
+
+    def score(self, cuts: list[int]) -> Scores:
+        names = [f"x{i}" for i in range(self.classes)]
+        features = TableFeatures(tuple(NumericColumn(name, 0.0, 1.0, False) for name in names))
+        batches = [
+            dict(zip(names, logits.T, strict=True)) | {"label": labels}
+            for logits, labels in zip(
+                np.split(self.logits, cuts), np.split(self.labels, cuts), strict=True
+            )
+        ]
+        return score(nn.Identity(), features, tuple(map(str, range(self.classes))), batches)
+
+
+@st.composite
+def predictions(draw: st.DrawFn) -> Predicted:
+    rows, classes = draw(st.integers(1, 40)), draw(st.integers(1, 5))
+    return Predicted(
+        draw(nps.arrays(np.float32, (rows, classes), elements=st.floats(-50, 50, width=32))),
+        draw(nps.arrays(np.int32, rows, elements=st.integers(0, classes - 1))),
+    )
+
+
+CUTS = st.lists(st.integers(0, 40), max_size=5).map(sorted)
+
+
+@given(predictions(), CUTS)
+def test_the_counts_are_those_of_a_direct_computation(given: Predicted, cuts: list[int]) -> None:
+    scores = given.score(cuts)
+    actual, guessed = given.labels, given.guesses
+    classes = range(given.classes)
+    assert scores.rows == len(actual)
+    assert scores.accuracy == pytest.approx(np.mean(actual == guessed))
+    assert scores.confusion == tuple(
+        tuple(int(np.sum((actual == row) & (guessed == column))) for column in classes)
+        for row in classes
+    )
+    for share, chosen in ((scores.precision, guessed), (scores.recall, actual)):
+        for label in classes:
+            hits = (actual == guessed)[chosen == label]
+            assert share[label] == (pytest.approx(hits.mean()) if len(hits) else None)
+
+
+@given(predictions(), CUTS)
+def test_the_loss_is_one_cross_entropy_over_all_rows(given: Predicted, cuts: list[int]) -> None:
+    whole = functional.cross_entropy(
+        torch.from_numpy(given.logits), torch.from_numpy(given.labels.astype(np.int64))
+    )
+    assert given.score(cuts).loss == pytest.approx(whole.item(), rel=1e-5, abs=1e-6)
+
+
+@given(predictions())
+def test_scores_are_json(given: Predicted) -> None:
+    scores = given.score([])
+    told = json.loads(json.dumps(scores.to_json(), allow_nan=False))
+    assert told == scores.to_json()
+    assert told["accuracy"] == scores.accuracy
+    assert sum(map(sum, told["confusion"])) == told["rows"] == len(given.labels)
+
+
+def test_a_class_that_is_never_predicted_or_absent_has_no_share() -> None:
+    logits = np.eye(3, dtype=np.float32)[[0, 0, 2]]
+    scores = Predicted(logits, np.array([0, 1, 1], np.int32)).score([])
+    assert scores.confusion == ((1, 0, 0), (1, 0, 1), (0, 0, 0))
+    assert scores.precision == (0.5, None, 0.0)
+    assert scores.recall == (1.0, 0.0, None)
+
+
+@pytest.mark.parametrize("cuts", [[], [0, 0]], ids=["one empty batch", "three empty batches"])
+def test_no_rows_have_no_score(cuts: list[int]) -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        Predicted(np.empty((0, 3), np.float32), np.empty(0, np.int32)).score(cuts)
+    with pytest.raises(ValueError, match="no rows"):
+        score(nn.Identity(), TableFeatures(()), LABELS, [])
+
+
+def count(labels: tuple[str, ...], rows_per_class: int = 7) -> Scores:
+    """Scores of a model that is always right."""
+    confusion = np.eye(len(labels), dtype=np.int64) * rows_per_class
+    return Scores(labels, 0.25, tuple(tuple(map(int, row)) for row in confusion))
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=30), st.integers(0, 10**12))
+def test_a_table_has_a_straight_line_per_class(labels: list[str], rows_per_class: int) -> None:
+    head, *told = render(count(tuple(labels), rows_per_class)).split("\n")
+    table = told[: len(labels)]
+    assert {len(line) for line in table} == {len(head)}
+    assert [int(line.split()[-1]) for line in table] == [rows_per_class] * len(labels)
+    matrices = told[len(labels) + 2 : -2]
+    assert len(matrices) == (len(labels) if len(labels) <= 20 else 0)
+    assert len({len(line) for line in matrices}) <= 1
+    assert told[-2] == ""
+    assert told[-1].startswith("loss 0.2500  accuracy ")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("a",),
+        tuple("0123456789"),
+        ("x" * 5_000, "Γάτα", "猫", "🐈"),
+        ("two\nlines", "a\ttab", "\x1b[31mred", "plain"),
+        tuple(f"class {number}" for number in range(100)),
+    ],
+    ids=["one", "digits", "long", "control", "hundred"],
+)
+def test_a_table_fits_a_terminal_and_holds_no_control_character(labels: tuple[str, ...]) -> None:
+    lines = render(count(labels)).split("\n")
+    assert max(map(len, lines)) <= 120
+    assert all(line.isprintable() for line in lines)
+    for label, line in zip(labels, lines[1:], strict=False):
+        assert line.split()[-3:] == ["1.0000", "1.0000", "7"]
+        assert line.startswith(label) or not label.isprintable() or "…" in line
+
+
+def test_a_table_by_example() -> None:
+    scores = Scores(LABELS, 1.5, ((1, 0, 0), (1, 0, 1), (0, 0, 0)))
+    assert render(scores).split("\n") == [
+        "class  precision  recall    rows",
+        "cat       0.5000  1.0000       1",
+        "dog            -  0.0000       2",
+        "owl       0.0000       -       0",
+        "",
+        "confusion (a row per true class, a column per prediction)",
+        "cat        1     0     0",
+        "dog        1     0     1",
+        "owl        0     0     0",
+        "",
+        "loss 1.5000  accuracy 0.3333  rows 3",
+    ]
+
+
+IMAGE = ImageFeatures(8, 8, 1, (1 / 3,), (0.1,))
+TABLE = TableFeatures(
+    (NumericColumn("age", 1 / 3, 0.7, has_missing=True), CategoryColumn("city", ("Köln", "Oslo")))
+)
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
+ROWS = {
+    "age": np.array([1.0, math.nan, 3.5]),
+    "city": np.array(["Oslo", None, "elsewhere"], dtype=object),
+}
+PUBLISHED: list[tuple[str, Features, dict[str, NDArray[Any]]]] = [
+    ("mlp", IMAGE, {"image": PIXELS}),
+    ("cnn", IMAGE, {"image": PIXELS}),
+    ("mlp", TABLE, ROWS),
+]
+
+
+def test_every_family_is_published() -> None:
+    assert {kind for kind, _, _ in PUBLISHED} == MODELS.keys()
+
+
+@pytest.mark.parametrize(("kind", "features", "columns"), PUBLISHED)
+def test_a_published_model_answers_bit_for_bit_like_the_original(
+    tmp_path: Path, kind: str, features: Features, columns: dict[str, NDArray[Any]]
+) -> None:
+    run = spec.parse(
+        {"name": "pets", "data": {"source": "raw"}, "model": {"kind": kind, "dropout": 0.5}}
+    )
+    original = build(run.model, input_shape(features), len(LABELS))
+    store = storage.connect(str(tmp_path))
+    draft = registry.Draft(
+        name="pets",
+        labels=LABELS,
+        features=features_to_json(features),
+        spec=spec.dump(run),
+        data_name="pets",
+        data_version="0" * 16,
+        run="pets-1",
+        step=1,
+        code="",
+        metrics={},
+    )
+    registry.publish(store, draft, safetensors.torch.save(original.state_dict()))
+    loaded = load_model(store, registry.resolve(store, "pets:1"))
+    expected = predict_probabilities(original.eval(), features, columns)
+    assert np.array_equal(predict_probabilities(loaded, features, columns), expected)
+    assert expected.sum(axis=1) == pytest.approx(1)
+    assert len(np.unique(expected)) > len(LABELS)
