@@ -42,11 +42,11 @@ class Predicted:
 
     @property
     def classes(self) -> int:
-        return self.logits.shape[1]
+        return int(self.logits.shape[1])
 
     @property
-    def guesses(self) -> NDArray[np.int64]:
-        return self.logits.argmax(axis=1)
+    def guesses(self) -> NDArray[Any]:
+        return np.asarray(self.logits.argmax(axis=1))
 
     def score(self, cuts: list[int]) -> Scores:
         names = [f"x{i}" for i in range(self.classes)]

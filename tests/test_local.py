@@ -2,6 +2,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -253,6 +254,15 @@ def test_ray_listens_on_loopback_only_but_for_two_statistics_ports(
     ports = cluster.state.ports
     public = {port for interface, port in list_open_ports(cluster) if interface != "127.0.0.1"}
     assert public <= {ports.serve_stats, ports.serve_metrics}
+
+
+@pytest.mark.cluster
+def test_others_on_the_machine_reach_neither_the_sessions_nor_the_admin_socket(
+    cluster: local.Cluster,
+) -> None:
+    """Ray opens its own directory and HAProxy's socket to everybody; the one above stays shut."""
+    assert stat.S_IMODE(cluster.state.scratch.stat().st_mode) == 0o700
+    assert list(cluster.state.scratch.rglob("admin.sock"))
 
 
 @pytest.mark.cluster

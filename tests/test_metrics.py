@@ -43,9 +43,10 @@ def test_finite_scalars_of_any_library_become_floats_and_json(metrics: dict[str,
 @given(st.text(), SCALARS | OTHERS)
 def test_anything_is_json_or_refused_by_its_key(key: str, value: Any) -> None:
     try:
-        json.dumps(plain({key: value}), allow_nan=False)
+        told = json.dumps(plain({key: value}), allow_nan=False)
     except HeliostatError as error:
-        assert f"metric {key!r} is " in str(error)
+        told = str(error)
+    assert told.startswith(("{", f"metric {key!r} is "))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,6 @@ def test_anything_but_one_finite_number_is_refused(value: Any, said: str) -> Non
         plain({"accuracy": 1.0, "val/loss": value})
 
 
-@pytest.mark.xfail(strict=True, reason="`float` reads text and overflows")
 @pytest.mark.parametrize(
     "value", ["0.5", "nan", b"1", 10**400], ids=["text", "nan", "bytes", "big"]
 )

@@ -18,8 +18,10 @@ def plain(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _scalar(key: str, value: Any) -> float:
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError("text")
         number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise HeliostatError(
             f"metric {key!r} is a {type(value).__name__}, it must be one number"
         ) from error

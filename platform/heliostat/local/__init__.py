@@ -259,7 +259,7 @@ def _sum_usage(state: State, part: Part) -> Usage:
 def _end(home: Home, state: State) -> list[int]:
     """End both parts, keep Ray's logs, drop its scratch and the state."""
     ended = _end_parts(state, PARTS)
-    session_logs = state.scratch / "session_latest" / "logs"
+    session_logs = state.ray_directory / "session_latest" / "logs"
     if session_logs.exists():
         shutil.rmtree(home.session_logs, ignore_errors=True)
         shutil.move(session_logs, home.session_logs)

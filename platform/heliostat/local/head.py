@@ -44,7 +44,7 @@ def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subproc
         "num-cpus": state.bounds.logical_cpus,
         "memory": state.bounds.memory_bytes,
         "object-store-memory": state.bounds.object_store_bytes,
-        "temp-dir": state.scratch,
+        "temp-dir": state.ray_directory,
     }
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head"]
     command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]

@@ -75,6 +75,11 @@ class State:
     bounds: MachineBounds
     scratch: Path
 
+    @property
+    def ray_directory(self) -> Path:
+        """Where Ray keeps its sessions: it opens the directory to everybody, `scratch` is ours."""
+        return self.scratch / "r"
+
 
 @dataclass(frozen=True, repr=False)
 class StoreKeys:
