@@ -80,7 +80,7 @@ def store(proxy: FaultProxy, bucket: str) -> S3Store:
 @pytest.fixture
 def beside(endpoint: str, bucket: str) -> Callable[[str, bytes], None]:
     """Write an object without passing the proxy."""
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client = boto3.Session().client("s3", endpoint_url=endpoint, region_name="us-east-1")
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
 
     def write(key: str, data: bytes) -> None:
@@ -277,7 +277,7 @@ def test_the_patience_of_the_defaults_is_bounded() -> None:
 
 
 def unfinished_uploads(endpoint: str, bucket: str) -> list[Any]:
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client = boto3.Session().client("s3", endpoint_url=endpoint, region_name="us-east-1")
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
     answer = client.list_multipart_uploads(Bucket=name, Prefix=prefix)
     return list(answer.get("Uploads", ()))
