@@ -38,7 +38,9 @@ def new_home() -> Iterator[Home]:
 
 
 def open_s3(cluster: local.Cluster, **credentials: Any) -> Any:
-    return boto3.Session().client("s3", endpoint_url=cluster.s3_url, region_name="us-east-1", **credentials)
+    return boto3.Session().client(
+        "s3", endpoint_url=cluster.s3_url, region_name="us-east-1", **credentials
+    )
 
 
 def open_own_s3(cluster: local.Cluster) -> Any:
