@@ -1,10 +1,9 @@
 """Shards: which one a row belongs to, how one is written, how a part is read and trusted."""
 
 import hashlib
-import io
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from heliostat.data.features import IMAGE, Columns, Features, ImageFeatures, NumericColumn
 from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
+from heliostat.data.ranged import RangedFile
 from heliostat.errors import HeliostatError
 from heliostat.spec import SplitSpec
 from heliostat.storage import Store
@@ -92,7 +92,7 @@ def read_group(store: Store, shard: Shard, index: int, verify: bool = True) -> p
     part = f"row group {index}"
     footer = _read_footer(store, shard.key, shard.footer, verify)  # type: ignore[arg-type]
     data = _read_span(store, shard.key, Span(group.offset, group.bytes, group.sha256), part, verify)
-    source = _Window(data, group.offset, shard.bytes)
+    source = RangedFile(shard.bytes, partial(_cut, data, group.offset))
     return pq.ParquetFile(source, metadata=footer, pre_buffer=False).read_row_group(index)
 
 
@@ -158,29 +158,6 @@ def _read_span(store: Store, key: str, span: Span, part: str, verify: bool) -> b
     return data
 
 
-class _Window(io.RawIOBase):
-    """A file of `size` bytes of which only those from `offset` on are here."""
-
-    def __init__(self, data: bytes, offset: int, size: int) -> None:
-        self._data, self._offset, self._size, self._position = memoryview(data), offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        start = self._position - self._offset
-        stop = len(self._data) if size is None or size < 0 else start + size
-        part = bytes(self._data[start:stop])
-        self._position += len(part)
-        return part
+def _cut(data: bytes, first: int, offset: int, count: int) -> memoryview:
+    """`count` bytes at `offset` of a file whose bytes from `first` on are `data`."""
+    return memoryview(data)[offset - first : offset - first + count]

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.data.features import MAX_NUMBER, clean_text, parse_number
+from heliostat.data.ranged import RangedFile
 from heliostat.data.raw import (
     MAX_LABELS,
     SURROGATES,
@@ -348,7 +349,7 @@ def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.
 def _open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
     entry = store.stat(key)
     try:
-        stream = _StoredFile(store, key, entry.size if entry else 0)
+        stream = RangedFile(entry.size if entry else 0, partial(store.read_range, key))
         with pq.ParquetFile(stream, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
@@ -370,33 +371,6 @@ def _kind_of(kind: pa.DataType) -> str:
     if _is_one_of(kind, NUMERIC_TYPES):
         return "numeric"
     return "category" if _is_one_of(kind, CATEGORY_TYPES) else str(kind)
-
-
-class _StoredFile(io.RawIOBase):
-    """A stored object as a file that can be read from any place."""
-
-    def __init__(self, store: Store, key: str, size: int) -> None:
-        self._store, self._key, self._size, self._position = store, key, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        buffer[:count] = self._store.read_range(self._key, self._position, count)
-        self._position += count
-        return count
 
 
 CSV = Form(_split_tables, _survey_csv, _settle_csv, _read_csv)
