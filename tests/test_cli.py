@@ -162,6 +162,31 @@ def test_models_lists_versions_and_walks_back(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_an_alias_moves_and_a_missing_version_does_not_take_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(tmp_path)
+    root = ["--root", str(tmp_path)]
+    assert cli.main(["models", *root, "alias", "digits", "canary"]) == 0
+    assert capsys.readouterr().out == "digits@canary is digits:1\n"
+    assert cli.main(["models", *root, "alias", "digits:2", "canary"]) == 2
+    assert registry.resolve(storage.connect(str(tmp_path)), "digits@canary").number == 1
+
+
+def test_an_upload_keeps_paths_and_leaves_hidden_files(
+    tmp_path: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("zero/a b.png", "one/é.png", ".git/config", "one/.DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    assert cli.main(["upload", str(tmp_path), f"{bucket}/raw"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{bucket}/raw"
+    store = storage.connect(f"{bucket}/raw")
+    assert [entry.key for entry in store.list()] == ["one/é.png", "zero/a b.png"]
+    assert store.read("one/é.png") == "one/é.png".encode()
+    assert cli.main(["upload", str(tmp_path / "none"), f"{bucket}/raw"]) == 2
+
+
 @pytest.mark.cluster
 def test_up_twice_is_harmless(cluster: local.Cluster) -> None:
     before = local.measure_usage(cluster)["ray"].pids

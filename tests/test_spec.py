@@ -131,7 +131,7 @@ WRONG: dict[str, list[Any]] = {
     "data.image_size": [28, "28", [28], [28, 28, 3], [0, 28], [1.5, 2]],
     "data.channels": [2, "1", 4],
     "data.max_bad_rows": [-1, 0.5, "few", True],
-    "data.split.test": [1.5, -0.1, "half", None, float("nan")],
+    "data.split.test": [True, 1.5, -0.1, "half", None, float("nan")],
     "data.seed": ["x", 0.5, None, -1, 2**64],
     "model": [None, "mlp", [], 3],
     "model.kind": ["gpt", None, 5, ["mlp"], {}],
@@ -139,7 +139,7 @@ WRONG: dict[str, list[Any]] = {
     "train": [None, [], "fast"],
     "train.run": ["a/b", 5, "A"],
     "train.workers": [0, -1, 1.5, "two", None, True, [2]],
-    "train.optimizer.lr": [0, -1, "fast", None, float("inf"), float("nan")],
+    "train.optimizer.lr": [True, "1", 0, -1, "fast", None, float("inf"), float("nan")],
     "train.optimizer.kind": ["lion", None],
     "deploy.request_timeout_s": [0, float("inf"), False],
 }
@@ -279,6 +279,9 @@ def test_a_bad_override_is_named(write: Callable[[str], Path], override: str, sa
         ("name: 2024-13-45", "is not YAML"),
         ("name: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("name: a\0b", "is not YAML"),
+        ("name: a\nname: b", "the key name is given twice"),
+        ("train: {epochs: 1, seed: 2, epochs: 3}", "the key epochs is given twice"),
+        ("name: &a digits\nroot: *a", "aliases are not read"),
         ("[" * 5000, "is not YAML"),
     ],
 )
@@ -294,8 +297,8 @@ def test_a_file_that_is_no_spec_is_named(
 def test_a_yaml_bomb_is_refused_in_a_sentence(write: Callable[[str], Path]) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
-    path = write("\n".join([*lines, "name: *a11", "data: *a11", "train: {workers: *a11}"]))
-    refusal(lambda: spec.load(path))
+    path = write("\n".join([*lines, "name: a", "model: {kind: *a11}"]))
+    assert "aliases are not read" in refusal(lambda: spec.load(path))
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"], ids=["missing", "not UTF-8"])

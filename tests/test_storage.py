@@ -79,6 +79,22 @@ def test_a_write_overwrites_and_changes_the_etag(store: Store) -> None:
     assert store.read("key") == b"later"
 
 
+def test_no_two_states_of_a_local_object_share_an_etag(tmp_path: Path) -> None:
+    store = connect(str(tmp_path))
+    etags = set()
+    for _ in range(200):
+        etags.add(store.write("key", b"same size"))
+        store.delete("key")
+    assert len(etags) == 200
+
+
+def test_a_local_edit_that_keeps_the_size_changes_the_etag(tmp_path: Path) -> None:
+    store = connect(str(tmp_path))
+    etag = store.write("key", b"before")
+    (tmp_path / "key").write_bytes(b"after!")
+    assert [entry.etag for entry in store.list()] != [etag]
+
+
 def test_a_file_of_many_parts_is_uploaded_whole(store: Store, tmp_path: Path) -> None:
     data = os.urandom(MIB) * 33 + b"end"
     (tmp_path / "file").write_bytes(data)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import reprlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,8 +22,10 @@ NAME_RULE = (
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 MAX_SENTENCES = 5
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 # Strict, because Python would take true for the number 1.
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
+NaturalFloat = Annotated[float, Field(ge=0, strict=True)]
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
@@ -103,9 +106,9 @@ ModelSpec = Annotated[MlpSpec | CnnSpec, Field(discriminator="kind")]
 
 class OptimizerSpec(Section):
     kind: Literal["sgd", "adam", "adamw"] = "adam"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: PositiveFloat = 1e-3
     momentum: Fraction = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NaturalFloat = 0.0
 
     @model_validator(mode="after")
     def _momentum_is_used(self) -> Self:
@@ -151,9 +154,9 @@ class EvaluateSpec(Section):
 class DeploySpec(Section):
     version: Positive | None = None
     replicas: Positive = 1
-    max_body_mib: Annotated[float, Field(gt=0)] = 8
+    max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
-    request_timeout_s: Annotated[float, Field(gt=0)] = 30
+    request_timeout_s: PositiveFloat = 30
 
 
 class RunSpec(Section):
@@ -179,6 +182,34 @@ def _named(name: str) -> str:
     return name
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what a spec has no use for: keys given twice, and aliases, which can explode."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                problem = f"the key {key.value!s:.80} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-4 for a text, because it has no dot.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunSpec:
     """Read the spec at `path` and apply `section.key=value` overrides, values in YAML.
 
@@ -187,7 +218,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunSpec:
             the sentence names the file and the path of each key.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise HeliostatError(f"cannot read the spec {path}: {error}") from error
     except YAML_ERRORS as error:
@@ -237,7 +268,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise HeliostatError(f"{override[:80]!r} is not an override: write section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except YAML_ERRORS as error:
         raise HeliostatError(f"the value in {override[:80]!r} is not YAML") from error
     section = document
