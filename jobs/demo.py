@@ -120,14 +120,15 @@ def compare(store: Store, version: registry.Version, url: str) -> int:
     shards = manifest.shards_of("test")
     groups = [read_group(store, s, index) for s in shards for index in range(len(s.groups))]
     rows = pa.concat_tables(groups).slice(0, QUESTIONS)
-    model = evaluate.load_model(store, version)
-    columns = to_columns(manifest.features, rows)
-    offline = evaluate.predict_probabilities(model, manifest.features, columns)
+    offline = evaluate.predict(
+        evaluate.load_predictor(store, version), to_columns(manifest.features, rows)
+    )
+    labels = version.output["labels"]
     equal = 0
     for key, expected in zip(rows["id"].to_pylist(), offline, strict=True):
         answer = ask(url, store.read(f"{RAW}/{key}"))
-        online = np.array([answer["probabilities"][label] for label in version.labels])
-        same_class = answer["class"] == version.labels[int(expected.argmax())]
+        online = np.array([answer["probabilities"][label] for label in labels])
+        same_class = answer["class"] == labels[int(expected.argmax())]
         equal += same_class and bool(np.allclose(online, expected, atol=1e-5))
     return equal
 

@@ -7,7 +7,7 @@ ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
 from heliostat import registry, spec, storage
 from heliostat.data.manifest import check_shards, load_manifest
 from heliostat.data.stream import read_split
-from heliostat.evaluate import load_model, render, score
+from heliostat.evaluate import load_predictor, score
 from heliostat.job import run
 
 
@@ -19,10 +19,10 @@ def main(path: str, *overrides: str) -> None:
     manifest = load_manifest(store, version.data_name, version.data_version)
     check_shards(store, manifest)
     batches = read_split(store, manifest, "test", wanted.evaluate.batch)
-    scores = score(load_model(store, version), manifest.features, version.labels, batches)
+    scores = score(load_predictor(store, version), batches)
     registry.record_evaluation(store, version, manifest.version, "test", scores.to_json())
     print(f"{version.ref} on the test split of {manifest.name}@{manifest.version}\n")
-    print(render(scores))
+    print(scores.render())
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Draft:
     """What a training run hands in to become a version."""
 
     name: str
-    labels: tuple[str, ...]
+    output: dict[str, Any]  # heliostat.signature.Output as JSON
     features: dict[str, Any]  # heliostat.data.features as JSON
     spec: dict[str, Any]  # the resolved RunSpec
     data_name: str
@@ -360,7 +360,7 @@ def _find_version(store: Store, name: str, number: int) -> Version | None:
     try:
         record = json.loads(store.read(key))
         known = {field.name: record[field.name] for field in fields(Version)}
-        return Version(**{**known, "labels": tuple(record["labels"])})
+        return Version(**known)
     except Missing:
         return None
     except (ValueError, TypeError, KeyError) as error:

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from heliostat.errors import HeliostatError
+from heliostat.signature import Input, Numbers, Output, Picture, Vector
 
 Columns = dict[str, NDArray[Any]]
+Arrays = tuple[NDArray[Any], ...]
 
 IMAGE = "image"
 MAX_PIXELS = 64_000_000
@@ -111,23 +113,31 @@ def _column_from_json(document: dict[str, Any]) -> NumericColumn | CategoryColum
     return CategoryColumn(fields["name"], tuple(fields["values"]))
 
 
-def input_shape(features: Features) -> tuple[int, ...]:
-    """(channels, height, width) of an image, (width,) of a table row."""
+def input_of(features: Features) -> Input:
+    """What a network gets of a row."""
     if isinstance(features, ImageFeatures):
-        return (features.channels, features.height, features.width)
-    return (sum(map(_column_width, features.columns)),)
+        return Picture(features.channels, features.height, features.width)
+    return Vector(sum(map(_column_width, features.columns)))
 
 
-def encode(features: Features, columns: Columns) -> NDArray[np.float32]:
-    """What the model gets, (N, *input_shape), from columns as the shards hold them.
+def encode(features: Features, columns: Columns) -> Arrays:
+    """The arrays of `input_of(features)`, from columns as the shards hold them.
 
     An image column is (N, height, width, channels) in 0..255, a numeric column float64 with NaN
     where missing, a category column objects: str, or None where missing.
     """
     if isinstance(features, ImageFeatures):
-        return _encode_image(features, columns[IMAGE])
+        return (_encode_image(features, columns[IMAGE]),)
     blocks = [_encode_column(column, columns[column.name]) for column in features.columns]
-    return np.concatenate(blocks, axis=1)
+    return (np.concatenate(blocks, axis=1),)
+
+
+def encode_targets(output: Output, columns: Columns) -> NDArray[Any]:
+    """The targets of `output` from the column `label`: (N,) or, of numbers, (N, names)."""
+    label = columns["label"]
+    if isinstance(output, Numbers):
+        return np.asarray((label - output.mean) / np.array(output.std), np.float32)
+    return label.astype(np.int64)
 
 
 def parse_instances(features: Features, instances: list[object]) -> Columns:

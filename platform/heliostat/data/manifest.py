@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from heliostat.data.features import Features, features_from_json, features_to_json
+from heliostat.data.features import Features, features_from_json, features_to_json, input_of
 from heliostat.errors import HeliostatError
+from heliostat.signature import Output, Signature, output_from_json, output_to_json
 from heliostat.spec import check_name, digest
 from heliostat.storage import Entry, Missing, Store
 
@@ -57,23 +58,30 @@ class Manifest:
     source: str
     format: str
     schema: dict[str, str]
-    labels: tuple[str, ...]
+    output: Output
     rows: dict[str, int]
     features: Features
     shards: tuple[Shard, ...]
     spec: dict[str, Any]
     report: dict[str, Any]
 
+    @property
+    def signature(self) -> Signature:
+        return Signature(input_of(self.features), self.output)
+
     def shards_of(self, split: str) -> tuple[Shard, ...]:
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"features": features_to_json(self.features)}
+        return asdict(self) | {
+            "features": features_to_json(self.features),
+            "output": output_to_json(self.output),
+        }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Manifest":
         fields = document | {
-            "labels": tuple(document["labels"]),
+            "output": output_from_json(document["output"]),
             "features": features_from_json(document["features"]),
             "shards": tuple(map(shard_from_json, document["shards"])),
         }
@@ -83,7 +91,7 @@ class Manifest:
 def content_version(manifest: Manifest) -> str:
     """16 hex digits over all that training sees; the data set's name and source are not part."""
     document = manifest.to_json()
-    content = {key: document[key] for key in ("schema", "labels", "features", "rows", "shards")}
+    content = {key: document[key] for key in ("schema", "output", "features", "rows", "shards")}
     for shard in content["shards"]:
         del shard["key"], shard["etag"]
     return digest(content | {"shard_format": SHARD_FORMAT})[:16]

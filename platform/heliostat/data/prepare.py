@@ -54,6 +54,7 @@ from heliostat.data.shards import (
     write_shard,
 )
 from heliostat.errors import HeliostatError
+from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
 from heliostat.storage import Missing, Store, connect, probe
 
@@ -137,10 +138,19 @@ def summarise(manifest: Manifest) -> str:
         size = sum(shard.bytes for shard in shards) / MIB
         lines.append(f"{split:<12}{manifest.rows[split]:>12,}{len(shards):>8,}{size:>10.1f}")
     report = manifest.report
-    labels = ", ".join(manifest.labels[:20]) + (", ..." if len(manifest.labels) > 20 else "")
-    lines.append(f"{len(manifest.labels)} classes: {labels}")
+    lines.append(_describe_output(manifest.output))
     lines.append(f"{report['rows_bad']:,} bad rows of {report['rows_read']:,}")
     return "\n".join(lines)
+
+
+def _describe_output(output: Output) -> str:
+    match output:
+        case Classes(labels):
+            return f"{len(labels)} classes: {', '.join(labels[:20])}" + ", ..." * (len(labels) > 20)
+        case Numbers(names):
+            return f"{len(names)} numbers: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+        case _:
+            return "the next token"
 
 
 def _check_apart(source: Source, store: Store) -> None:
@@ -457,7 +467,7 @@ def _assemble(
         source=source.store.uri,
         format=source.form,
         schema=written[0]["schema"],
-        labels=survey.labels,
+        output=Classes(survey.labels),
         rows={split: sum(s.rows for s in shards if s.split == split) for split in SPLITS},
         features=features,
         shards=shards,

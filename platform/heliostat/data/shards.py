@@ -17,6 +17,7 @@ from heliostat.spec import SplitSpec
 from heliostat.storage import Store
 
 COLUMN_PREFIX = "x."
+WEIGHT = "weight"  # of rows whose loss has more than one term, as the tokens of a text
 ORDER_BITS = 60
 REJECTED = len(SPLITS) << ORDER_BITS
 TAIL_BYTES = 8

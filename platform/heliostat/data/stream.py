@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 
 from heliostat.data.manifest import Manifest, Shard
 from heliostat.data.order import Chunk, Order, share
-from heliostat.data.shards import read_group, to_columns
+from heliostat.data.shards import WEIGHT, read_group, to_columns
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
 
@@ -30,10 +31,15 @@ Columns = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's rows of a global batch of `global_rows`; there may be none."""
+    """One rank's rows of a global batch; there may be none.
+
+    They begin at `first_row` of the `rows` rows of the batch, which together weigh `weight`.
+    """
 
     columns: Columns
-    global_rows: int
+    first_row: int
+    rows: int
+    weight: int
 
 
 def plan(manifest: Manifest, split: str, global_batch: int, seed: int) -> Order:
@@ -152,8 +158,9 @@ def iter_shares(
         for step in steps:
             count = order.batch_rows(step)
             mine = share(count, rank, world_size)
-            table = rows.take(count).slice(mine.start, mine.stop - mine.start)
-            yield Share(_columns(manifest, table), count)
+            whole = rows.take(count)
+            table = whole.slice(mine.start, mine.stop - mine.start)
+            yield Share(_columns(manifest, table), mine.start, count, _weigh(whole))
 
 
 class _Sequence:
@@ -194,6 +201,11 @@ def _checked(block: pa.Table) -> pa.Table:
     if SENTENCE in block.column_names:
         raise HeliostatError(block[SENTENCE][0].as_py())
     return block
+
+
+def _weigh(rows: pa.Table) -> int:
+    """A row weighs 1 if it does not say."""
+    return int(pc.sum(rows[WEIGHT]).as_py()) if WEIGHT in rows.column_names else rows.num_rows
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:

@@ -1,27 +1,45 @@
-"""The model families: one row each, built from a typed section for an input shape and classes."""
+"""The model families: one row each, built from a typed section for a signature of the data."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from heliostat.errors import HeliostatError
 from heliostat.models.cnn import build_cnn
 from heliostat.models.mlp import build_mlp
+from heliostat.models.tasks import Task, choose_task
+from heliostat.signature import Signature
 from heliostat.spec import ModelSpec
 
-MODELS: dict[str, Callable[[Any, tuple[int, ...], int], nn.Module]] = {
+__all__ = ["MODELS", "Task", "build", "count_parameters", "task_of"]
+
+# From the family's section, the signature and the width of the head to a network.
+MODELS: dict[str, Callable[[Any, Signature, int], nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
 }
 
 
-def build(model: ModelSpec, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """The network that `model` describes: float32 (N, *input_shape) in, logits (N, classes) out.
+def build(model: ModelSpec, signature: Signature) -> nn.Module:
+    """The network that `model` describes; it takes the tensors of `signature.input`.
 
     Raises:
-        HeliostatError: the family cannot take an input of this shape.
+        HeliostatError: the family cannot take such an input or predict such an output.
     """
-    return MODELS[model.kind](model, input_shape, num_classes)
+    return MODELS[model.kind](model, signature, task_of(model, signature).width)
+
+
+def task_of(model: ModelSpec, signature: Signature) -> Task:
+    """What such a model is trained for on such data.
+
+    Raises:
+        HeliostatError: the loss that the model section names does not fit the data.
+    """
+    try:
+        return choose_task(signature, getattr(model, "loss", None) or "auto")
+    except ValueError as error:
+        raise HeliostatError(str(error)) from error
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import torch
 from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from heliostat import registry
-from heliostat.data.features import Features, features_from_json
 from heliostat.errors import HeliostatError
-from heliostat.evaluate import load_model, predict_probabilities
+from heliostat.evaluate import Predictor, load_predictor, predict
 from heliostat.serve.protocol import (
     JSON_TYPE,
     Refusal,
@@ -27,6 +25,7 @@ from heliostat.serve.protocol import (
     render_predictions,
     zero_instance,
 )
+from heliostat.signature import Classes, Numbers
 from heliostat.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -48,8 +47,7 @@ class Served:
     """One version, loaded."""
 
     version: registry.Version
-    features: Features
-    model: torch.nn.Module
+    predictor: Predictor
 
     def predict(self, content_type: str, body: bytes) -> bytes:
         """The JSON answer to the body of a request.
@@ -57,10 +55,10 @@ class Served:
         Raises:
             Refusal: what is wrong with the body.
         """
-        columns = parse_body(self.features, content_type, body)
-        probabilities = predict_probabilities(self.model, self.features, columns)
+        columns = parse_body(self.predictor.features, content_type, body)
+        values = predict(self.predictor, columns)
         version = self.version
-        return render_predictions(version.name, version.number, version.labels, probabilities)
+        return render_predictions(version.name, version.number, self.predictor.output, values)
 
 
 def load(store: Store, ref: str) -> Served:
@@ -70,10 +68,10 @@ def load(store: Store, ref: str) -> Served:
         HeliostatError: the version is unknown, its weights are damaged, or it does not answer.
     """
     version = registry.resolve(store, ref)
-    features = features_from_json(version.features)
-    served = Served(version, features, load_model(store, version))
+    served = Served(version, load_predictor(store, version))
+    instance = zero_instance(served.predictor.features)
     try:
-        served.predict(JSON_TYPE, to_json({"instances": [zero_instance(features)]}))
+        served.predict(JSON_TYPE, to_json({"instances": [instance]}))
     except Refusal as refusal:
         raise HeliostatError(f"{ref} does not answer a row of zeros: {refusal}") from refusal
     return served
@@ -121,7 +119,12 @@ def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
 
 def describe(served: Served) -> dict[str, object]:
     version = served.version
-    return {"name": version.name, "version": version.number, "classes": version.labels}
+    match served.predictor.output:
+        case Classes(labels):
+            predicts = {"classes": labels}
+        case Numbers(names):
+            predicts = {"numbers": names}
+    return {"name": version.name, "version": version.number, **predicts}
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -16,6 +16,7 @@ from heliostat.data.features import (
     decode_image,
     parse_instances,
 )
+from heliostat.signature import Classes, Numbers, Output
 
 JSON_TYPE = "application/json"
 IMAGE_TYPES = ("image/png", "image/jpeg")
@@ -63,27 +64,35 @@ def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
 
 
 def render_predictions(
-    name: str, version: int, labels: tuple[str, ...], probabilities: NDArray[np.float32]
+    name: str, version: int, output: Output, values: NDArray[np.float32]
 ) -> bytes:
-    """The answer to `probabilities` (N, classes), a prediction per row.
+    """The answer to `values` (N, classes or numbers), a prediction per row.
 
     Raises:
         Refusal: 422, a row is so far from what training saw that the model overflows.
     """
-    finite = np.isfinite(probabilities).all(axis=1)
+    finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         field = f"instances[{finite.argmin()}]"
         raise Refusal(422, f"{field} is too far outside the range of the training data", field)
-    rows = zip(probabilities.argmax(axis=1).tolist(), probabilities.tolist(), strict=True)
-    predictions = [
-        {
-            "class": labels[best],
-            "probability": row[best],
-            "probabilities": dict(zip(labels, row, strict=True)),
-        }
-        for best, row in rows
-    ]
+    predictions = [_render_row(output, row) for row in values.tolist()]
     return to_json({"model": name, "version": version, "predictions": predictions})
+
+
+def _render_row(output: Output, row: list[float]) -> dict[str, Any]:
+    match output:
+        case Classes(labels):
+            best = row.index(max(row))
+            probabilities = dict(zip(labels, row, strict=True))
+            return {
+                "class": labels[best],
+                "probability": row[best],
+                "probabilities": probabilities,
+            }
+        case Numbers(names):
+            return {"numbers": dict(zip(names, row, strict=True))}
+        case _:
+            raise TypeError("a language model has no answer per row")
 
 
 def render_error(status: int, message: str, request_id: str, field: str | None = None) -> bytes:

@@ -20,10 +20,11 @@ from heliostat.data.manifest import Manifest, load_manifest
 from heliostat.data.order import Order
 from heliostat.environment import TRAIN, check_cpus
 from heliostat.errors import HeliostatError
-from heliostat.models import build, count_parameters
+from heliostat.models import build, count_parameters, task_of
 from heliostat.spec import RunSpec
 from heliostat.storage import Conflict, Store
-from heliostat.train import checkpoint, loop
+from heliostat.train import checkpoint, loop, state
+from heliostat.train.optim import build_optimizer, rate_at
 
 REPORT_SECONDS = 5.0
 
@@ -75,7 +76,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
         print(f"run {name} has finished its {steps:,} steps before: nothing to train", flush=True)
         return done
     ray.init(ignore_reinit_error=True)
-    workers = run.train.workers
+    workers = run.train.most_workers
     check_cpus(int(ray.cluster_resources().get("CPU", 0)), workers, run.train.cpus_per_worker)
     print(
         f"run {name}: {steps:,} steps of {run.train.global_batch} rows, "
@@ -100,7 +101,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
 def _say_if_waiting(run: RunSpec) -> None:
     """A run whose CPUs are held by others, as by served models, waits for them: not in silence."""
     free = ray.available_resources().get("CPU", 0)
-    needed = run.train.workers * run.train.cpus_per_worker + 1
+    needed = run.train.most_workers * run.train.cpus_per_worker + 1
     if free < needed:
         print(
             f"waiting for CPUs: {free:g} of {ray.cluster_resources()['CPU']:g} are free, {needed} "
@@ -149,7 +150,7 @@ def _fit(run: RunSpec, manifest: Manifest, name: str, steps: int) -> None:
             "steps": steps,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.train.workers,
+            num_workers=run.train.most_workers,
             use_gpu=run.train.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -175,46 +176,50 @@ def _work(config: dict[str, Any]) -> None:
 
 def _train_rank(run: RunSpec, manifest: Manifest, name: str, steps: int) -> None:
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    ranks = loop.Ranks(context.get_world_rank(), context.get_world_size())
     device = ray.train.torch.get_device()
     store = storage.connect(run.root)
     # Said once by every worker of a network with one input channel; it costs nothing here.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     torch.manual_seed(run.train.seed)
-    model = build(run.model, features.input_shape(manifest.features), len(manifest.labels))
-    model.to(device)
-    optimizer = loop.build_optimizer(run.train.optimizer, model)
-    first_step = _resume(store, name, model, optimizer, rank, world_size)
+    task = task_of(run.model, manifest.signature)
+    model = build(run.model, manifest.signature).to(device)
+    optimizer = build_optimizer(run.train.optimizer, model)
+    first_step = _resume(store, name, model, optimizer, ranks)
     order = stream.plan(manifest, "train", run.train.global_batch, run.train.seed)
     shares = stream.iter_shares(
         order,
         manifest,
         stream.fetch_from(ray.get_actor(name)),
         steps=range(first_step, steps),
-        rank=rank,
-        world_size=world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    recipe = loop.Recipe(
+        rate=lambda step: run.train.optimizer.lr * rate_at(run.train.schedule, step, steps),
+        seed=run.train.seed,
+        clip_norm=run.train.clip_norm,
     )
     reports = loop.fit(
-        DistributedDataParallel(model) if world_size > 1 else model,
+        DistributedDataParallel(model) if ranks.world_size > 1 else model,
+        task,
         optimizer,
         (_to_batch(share, manifest, device) for share in shares),
+        recipe,
         first_step=first_step,
-        seed=run.train.seed,
-        rank=rank,
-        world_size=world_size,
+        ranks=ranks,
     )
     progress = _Progress(steps, order.steps_per_epoch)
     for report in reports:
-        if rank > 0:
+        if ranks.rank > 0:
             continue
         progress.add(report)
         if report.step % run.train.checkpoint_steps == 0 or report.step == steps:
-            checkpoint.save(
-                store, name, report.step, loop.dump_state(model, optimizer, report.step)
-            )
+            files = state.dump_state(model, optimizer, report.step)
+            checkpoint.save(store, name, report.step, files)
             checkpoint.retain(store, name, run.train.keep_checkpoints)
             progress.record(store, name)
-    if rank == 0:
+    if ranks.rank == 0:
         progress.print()
         result = {"step": steps, "parameters": count_parameters(model), "metrics": progress.metrics}
         store.write(_result_key(name), json.dumps(result).encode())
@@ -225,19 +230,18 @@ def _resume(
     name: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    rank: int,
-    world_size: int,
+    ranks: loop.Ranks,
 ) -> int:
     """Load what rank 0 finds to be the newest good checkpoint, on every rank; returns its step."""
-    found = checkpoint.load_newest(store, name, warn=print) if rank == 0 else None
+    found = checkpoint.load_newest(store, name, warn=print) if ranks.rank == 0 else None
     keys = [found.key if found else None]
-    if world_size > 1:
+    if ranks.world_size > 1:
         distributed.broadcast_object_list(keys)
     if keys[0] is None:
         return 0
     newest = found or checkpoint.load(store, keys[0])
-    step = loop.load_state(model, optimizer, newest.files)
-    if rank == 0:
+    step = state.load_state(model, optimizer, newest.files)
+    if ranks.rank == 0:
         print(f"resumed from step {step:,} ({newest.key})", flush=True)
     return step
 
@@ -273,22 +277,24 @@ class _Progress:
     def _summarise(self) -> None:
         if not self._reports:
             return
+        weight = sum(report.weight for report in self._reports)
         rows = sum(report.rows for report in self._reports)
         now = time.perf_counter()
-        self.metrics = metrics.plain(
-            {
-                "loss": sum(report.loss * report.rows for report in self._reports) / rows,
-                "accuracy": sum(report.accuracy * report.rows for report in self._reports) / rows,
-                "rows_per_second": rows / max(now - self._since, 1e-9),
-            }
-        )
+        means = {
+            name: sum(report.metrics[name] * report.weight for report in self._reports) / weight
+            for name in self._reports[0].metrics
+        }
+        seconds = max(now - self._since, 1e-9)
+        self.metrics = metrics.plain({**means, "rows_per_second": rows / seconds})
         self._reports, self._since = [], now
 
 
 def _to_batch(share: stream.Share, manifest: Manifest, device: torch.device) -> loop.Batch:
-    inputs = torch.from_numpy(features.encode(manifest.features, dict(share.columns)))
-    targets = torch.from_numpy(share.columns["label"].astype("int64"))
-    return loop.Batch(inputs.to(device), targets.to(device), share.global_rows)
+    columns = dict(share.columns)
+    arrays = features.encode(manifest.features, columns)
+    targets = torch.from_numpy(features.encode_targets(manifest.output, columns))
+    inputs = tuple(torch.from_numpy(array).to(device) for array in arrays)
+    return loop.Batch(inputs, targets.to(device), share.first_row, share.rows, share.weight)
 
 
 def _finished(store: Store, name: str, steps: int) -> Result | None:
@@ -298,7 +304,7 @@ def _finished(store: Store, name: str, steps: int) -> Result | None:
     newest = checkpoint.load_newest(store, name, warn=print)
     if document["step"] != steps or newest is None or newest.step != steps:
         return None
-    return Result(name, steps, document["metrics"], newest.files[loop.MODEL])
+    return Result(name, steps, document["metrics"], newest.files[state.MODEL])
 
 
 def _failure(store: Store, name: str) -> str:

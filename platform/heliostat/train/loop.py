@@ -1,130 +1,227 @@
 """The training loop, in PyTorch alone: batches in, one report a step out."""
 
-import json
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from heliostat.errors import HeliostatError
-from heliostat.spec import OptimizerSpec, digest
+from heliostat.models import Task
+from heliostat.models.dropout import key_samples, mix
+from heliostat.train.optim import set_rate
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many data-parallel workers this is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's share of a global batch of `global_rows`; the share may be empty."""
+    """This rank's share of a global batch; the share may be empty.
 
-    inputs: Tensor
+    `first_row` is where it begins in the global batch, which has `rows` rows that weigh `weight`.
+    """
+
+    inputs: tuple[Tensor, ...]
     targets: Tensor
-    global_rows: int
+    first_row: int
+    rows: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a step is made: `rate` is the learning rate by step, `micro_batch` rows at a time."""
+
+    rate: Callable[[int], float]
+    seed: int = 0
+    micro_batch: int | None = None
+    clip_norm: float | None = None
+    autocast: Autocast = contextlib.nullcontext
+    scaler: torch.amp.GradScaler = field(
+        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
+    )
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished step over all ranks; `loss` is the mean over the global batch."""
+    """One finished step over all ranks: `metrics` are means over the global batch, `loss` first.
+
+    `seconds` is the wall time since the step before, `wait_seconds` the part spent on its batch.
+    """
 
     step: int
-    loss: float
-    accuracy: float
     rows: int
-
-
-def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
-    if spec.kind == "sgd":
-        settings["momentum"] = spec.momentum
-    return _OPTIMIZERS[spec.kind](model.parameters(), **settings)
+    weight: int
+    metrics: dict[str, float]
+    grad_norm: float
+    rate: float
+    seconds: float
+    wait_seconds: float
 
 
 def fit(
     model: nn.Module,
+    task: Task,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
+    recipe: Recipe,
     *,
     first_step: int = 0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Iterator[StepReport]:
     """Train on `batches`, one optimiser step each, and report after each.
 
-    The gradient is that of the mean over the global batch, however unevenly the ranks share it:
-    each rank weights its sum by world_size / global_rows and data parallel averages over ranks.
-    Random numbers are keyed by (seed, step, rank), so a resumed run needs no generator state.
+    The gradient is that of the mean over the global batch, however unevenly ranks and micro batches
+    share it: each weights its sum by world_size / weight, and data parallel averages over ranks.
 
     Raises:
-        HeliostatError: the loss is NaN or infinite; the optimiser has not stepped on it.
+        HeliostatError: the loss or the gradient is NaN or infinite; the optimiser has not stepped.
     """
-    model.train()
+    began = time.perf_counter()
     for step, batch in enumerate(batches, start=first_step + 1):
-        torch.manual_seed(int(digest([seed, step, rank])[:15], 16))
-        logits = model(batch.inputs)
-        loss_sum = functional.cross_entropy(logits, batch.targets, reduction="sum")
+        received = time.perf_counter()
+        model.train()
+        set_rate(optimizer, rate := recipe.rate(step))
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss_sum * (world_size / batch.global_rows))
-        correct = (logits.detach().argmax(dim=1) == batch.targets).sum()
-        totals = torch.stack([loss_sum.detach().double(), correct.double()])
-        if world_size > 1:
-            torch.distributed.all_reduce(totals)
-        loss, accuracy = (totals / batch.global_rows).tolist()
-        if not math.isfinite(loss):
-            raise HeliostatError(
-                f"the loss became {loss} at step {step}: lower train.optimizer.lr "
-                "or look for extreme values in the data"
-            )
-        optimizer.step()
-        yield StepReport(step, loss, accuracy, batch.global_rows)
+        totals = _accumulate(model, task, batch, recipe, step, ranks)
+        recipe.scaler.unscale_(optimizer)
+        grad_norm = _clip(model, recipe.clip_norm)
+        means = {name: total / (batch.weight * task.units) for name, total in totals().items()}
+        _check(step, means["loss"], grad_norm, recipe)
+        recipe.scaler.step(optimizer)
+        recipe.scaler.update()
+        ended = time.perf_counter()
+        yield StepReport(
+            step,
+            batch.rows,
+            batch.weight,
+            means,
+            grad_norm,
+            rate,
+            seconds=ended - began,
+            wait_seconds=received - began,
+        )
+        began = ended
 
 
-def dump_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, bytes]:
-    """Everything a resumed run needs, as files without pickle; `load_state` is the inverse.
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[Batch],
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """Means of the loss and of what `task` counts over the batches of all ranks.
 
-    Raises:
-        HeliostatError: a weight is NaN or infinite; such a state is never written.
+    Here a batch is a rank's own: `weight` is that of its rows.
     """
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise HeliostatError(
-                f"{name} has values that are not finite after step {step}: lower train.optimizer.lr"
-            )
-    document = optimizer.state_dict()
-    tensors = {
-        f"{parameter}.{name}": tensor.contiguous()
-        for parameter, state in document["state"].items()
-        for name, tensor in state.items()
-        if tensor is not None
-    }
-    state = {"step": step, "param_groups": document["param_groups"]}
-    return {
-        MODEL: safetensors.torch.save(weights),
-        OPTIMIZER: safetensors.torch.save(tensors),
-        STATE: json.dumps(state).encode(),
-    }
+    model.eval()
+    sums: dict[str, float] = {}
+    weight = 0
+    for batch in batches:
+        outputs = model(*batch.inputs)
+        for name, total in _measure(task, outputs, batch.targets).items():
+            sums[name] = sums.get(name, 0.0) + total.item()
+        weight += batch.weight * task.units
+    totals = torch.tensor([weight, *sums.values()], dtype=torch.float64)
+    if ranks.world_size > 1:
+        distributed.all_reduce(totals)
+    weight, *values = totals.tolist()
+    return {name: value / max(weight, 1) for name, value in zip(sums, values, strict=True)}
 
 
-def load_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[str, bytes]
-) -> int:
-    """Put a dumped state into `model` and `optimizer`; returns the step it was dumped after."""
-    model.load_state_dict(safetensors.torch.load(files[MODEL]))
-    state: dict[str, Any] = json.loads(files[STATE])
-    slots: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in safetensors.torch.load(files[OPTIMIZER]).items():
-        parameter, _, name = key.partition(".")
-        slots.setdefault(int(parameter), {})[name] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
-    return int(state["step"])
+def _accumulate(
+    model: nn.Module, task: Task, batch: Batch, recipe: Recipe, step: int, ranks: Ranks
+) -> Callable[[], dict[str, float]]:
+    """Forward and backward over all micro batches; how to get the sums over all ranks.
+
+    The sums travel while the backward pass runs. Every rank makes as many micro batches as the one
+    with the most rows, else collectives of the model would wait for ever.
+    """
+    most_rows = -(-batch.rows // ranks.world_size)
+    size = recipe.micro_batch or max(most_rows, 1)
+    scale = ranks.world_size / (batch.weight * task.units)
+    keys = _key(recipe.seed, step, batch)
+    sums: list[dict[str, Tensor]] = []
+    starts = range(0, max(most_rows, 1), size)
+    for start in starts:
+        rows = slice(start, start + size)
+        last = start == starts[-1]
+        with _synced_if(model, last), key_samples(model, keys[rows]):
+            with recipe.autocast():
+                outputs = model(*(tensor[rows] for tensor in batch.inputs))
+                measured = _measure(task, outputs, batch.targets[rows])
+            sums.append({name: total.detach() for name, total in measured.items()})
+            if last:
+                totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
+                work = (
+                    distributed.all_reduce(totals, async_op=True) if ranks.world_size > 1 else None
+                )
+            torch.autograd.backward(recipe.scaler.scale(measured["loss"] * scale))
+
+    def collect() -> dict[str, float]:
+        if work is not None:
+            work.wait()
+        return dict(zip(sums[0], totals.tolist(), strict=True))
+
+    return collect
+
+
+def _measure(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    loss = task.loss(outputs, targets)
+    with torch.no_grad():
+        return {"loss": loss, **task.count(outputs, targets)}
+
+
+def _columns(sums: list[dict[str, Tensor]]) -> Iterator[Any]:
+    return zip(*(part.values() for part in sums), strict=True)
+
+
+def _key(seed: int, step: int, batch: Batch) -> Tensor:
+    """A number for each sample that says what is drawn for it, int64 (rows of the share,)."""
+    places = torch.arange(len(batch.targets), device=batch.targets.device) + batch.first_row
+    return mix(mix(torch.tensor(seed ^ (step << 32) & 2**63 - 1)) + places)
+
+
+def _synced_if(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients are exchanged once a step, in the last backward pass."""
+    pause: Autocast | None = getattr(model, "no_sync", None)
+    return contextlib.nullcontext() if last or pause is None else pause()
+
+
+def _clip(model: nn.Module, most: float | None) -> float:
+    """The norm of the gradient before it was clipped to `most`."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return float(norm)
+
+
+def _check(step: int, loss: float, grad_norm: float, recipe: Recipe) -> None:
+    """Refuse to step on what is not finite; under a scaler a gradient may overflow, it skips."""
+    advice = "lower train.optimizer.lr or look for extreme values in the data"
+    if not math.isfinite(loss):
+        raise HeliostatError(f"the loss became {loss} at step {step}: {advice}")
+    if not math.isfinite(grad_norm) and not recipe.scaler.is_enabled():
+        raise HeliostatError(
+            f"the norm of the gradient became {grad_norm} at step {step}: set train.clip_norm, "
+            f"{advice}"
+        )

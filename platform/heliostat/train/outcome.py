@@ -1,12 +1,10 @@
 """A finished run to a version in the registry, with what it scored on the validation split."""
 
-import safetensors.torch
-
 from heliostat import evaluate, registry, spec, storage
 from heliostat.archive import store_code
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest
-from heliostat.models import build
+from heliostat.signature import output_to_json
 from heliostat.spec import RunSpec
 from heliostat.train.launch import Result
 
@@ -20,7 +18,7 @@ def publish(run: RunSpec, manifest: Manifest, result: Result) -> registry.Versio
     store = storage.connect(run.root)
     draft = registry.Draft(
         name=run.name,
-        labels=manifest.labels,
+        output=output_to_json(manifest.output),
         features=features.features_to_json(manifest.features),
         spec=spec.dump(run),
         data_name=manifest.name,
@@ -36,9 +34,10 @@ def publish(run: RunSpec, manifest: Manifest, result: Result) -> registry.Versio
 def _validate(run: RunSpec, manifest: Manifest, result: Result) -> dict[str, float]:
     if not manifest.rows.get("validation"):
         return {}
-    model = build(run.model, features.input_shape(manifest.features), len(manifest.labels))
-    model.load_state_dict(safetensors.torch.load(result.weights))
+    predictor = evaluate.make_predictor(
+        run.model, manifest.features, manifest.output, result.weights
+    )
     store = storage.connect(run.root)
     batches = stream.read_split(store, manifest, "validation", run.evaluate.batch)
-    scores = evaluate.score(model.eval(), manifest.features, manifest.labels, batches)
-    return {"validation_loss": scores.loss, "validation_accuracy": scores.accuracy}
+    scores = evaluate.score(predictor, batches)
+    return {f"validation_{name}": value for name, value in scores.metrics.items()}

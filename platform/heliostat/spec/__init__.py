@@ -6,144 +6,70 @@ import re
 import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
-
-NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,62}")
-NAME_RULE = (
-    "1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit and without '..'"
+from heliostat.spec.data import DataSpec, SplitSpec, TextSpec
+from heliostat.spec.model import (
+    CnnSpec,
+    CustomSpec,
+    EncoderSpec,
+    GptSpec,
+    MlpSpec,
+    ModelSpec,
+    RecsysSpec,
+    RnnSpec,
 )
+from heliostat.spec.section import (
+    NAME_PATTERN,
+    NAME_RULE,
+    Positive,
+    PositiveFloat,
+    Section,
+    check_name,
+    refuse_other_names,
+)
+from heliostat.spec.train import OptimizerSpec, ScheduleSpec, StopSpec, TrainSpec
+
+__all__ = [
+    "NAME_PATTERN",
+    "NAME_RULE",
+    "CnnSpec",
+    "CustomSpec",
+    "DataSpec",
+    "DeploySpec",
+    "EncoderSpec",
+    "EvaluateSpec",
+    "GptSpec",
+    "MlpSpec",
+    "ModelSpec",
+    "OptimizerSpec",
+    "Positive",
+    "RecsysSpec",
+    "RnnSpec",
+    "RunSpec",
+    "ScheduleSpec",
+    "Section",
+    "SplitSpec",
+    "StopSpec",
+    "TextSpec",
+    "TrainSpec",
+    "check_name",
+    "digest",
+    "dump",
+    "load",
+    "parse",
+    "reference",
+]
 
 # PyYAML raises ValueError for an impossible date or number, RecursionError for endless nesting.
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 MAX_SENTENCES = 5
 
 # Strict, because Python would take true for the number 1.
-Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
-NaturalFloat = Annotated[float, Field(ge=0, strict=True)]
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Natural = Annotated[int, Field(ge=0, strict=True)]
-Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-
-
-def check_name(name: str) -> str:
-    """Return `name` if it may name a model, a data set, a run or an alias.
-
-    Raises:
-        HeliostatError: the name does not follow `NAME_RULE`.
-    """
-    if not NAME_PATTERN.fullmatch(name):
-        raise HeliostatError(f"{name[:80]!r} is not a name: use {NAME_RULE}")
-    return name
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class SplitSpec(Section):
-    """Shares of the rows that are held out; training gets the rest.
-
-    With `test_files`, a glob over keys below `data.source`, the rows of matching files are the test
-    split, and the share of validation is taken from the others.
-    """
-
-    validation: Fraction = 0.1
-    test: Fraction = 0.1
-    test_files: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _files_replace_the_share(cls, section: Any) -> Any:
-        if isinstance(section, dict) and section.get("test_files"):
-            if section.get("test"):
-                raise ValueError("give test or test_files, not both")
-            return {**section, "test": 0.0}
-        return section
-
-    @model_validator(mode="after")
-    def _training_gets_rows(self) -> Self:
-        if self.validation + self.test >= 1:
-            raise ValueError("validation and test leave no rows for training")
-        return self
-
-
-class DataSpec(Section):
-    source: str
-    format: Literal["auto", "images", "idx", "csv", "parquet"] = "auto"
-    label: str | None = None
-    columns: dict[str, Literal["numeric", "category", "ignore"]] = {}
-    max_categories: Positive = 64
-    image_size: tuple[Positive, Positive] | None = None
-    channels: Literal[1, 3] | None = None
-    max_bad_rows: Natural = 0
-    split: SplitSpec = SplitSpec()
-    seed: Seed = 0
-    shard_mib: Positive = 64
-    rows_per_group: Positive = 1024
-
-
-class MlpSpec(Section):
-    kind: Literal["mlp"]
-    hidden: tuple[Positive, ...] = (128, 64)
-    dropout: Fraction = 0.0
-
-
-class CnnSpec(Section):
-    kind: Literal["cnn"]
-    channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
-    hidden: Positive = 128
-    dropout: Fraction = 0.0
-
-
-ModelSpec = Annotated[MlpSpec | CnnSpec, Field(discriminator="kind")]
-
-
-class OptimizerSpec(Section):
-    kind: Literal["sgd", "adam", "adamw"] = "adam"
-    lr: PositiveFloat = 1e-3
-    momentum: Fraction = 0.0
-    weight_decay: NaturalFloat = 0.0
-
-    @model_validator(mode="after")
-    def _momentum_is_used(self) -> Self:
-        if self.momentum and self.kind != "sgd":
-            raise ValueError(f"momentum belongs to sgd, {self.kind} does not read it")
-        return self
-
-
-class TrainSpec(Section):
-    run: str | None = None
-    workers: Positive = 1
-    cpus_per_worker: Positive = 1
-    gpus_per_worker: Natural = 0
-    epochs: Positive = 10
-    steps: Positive | None = None
-    global_batch: Positive = 64
-    optimizer: OptimizerSpec = OptimizerSpec()
-    seed: Seed = 0
-    checkpoint_steps: Positive = 100
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    max_failures: Natural = 3
-
-    @model_validator(mode="after")
-    def _every_worker_gets_rows(self) -> Self:
-        if self.global_batch < self.workers:
-            raise ValueError(
-                f"global_batch {self.global_batch} leaves workers without rows, "
-                f"it must be at least workers ({self.workers})"
-            )
-        return self
-
-    @field_validator("run")
-    @classmethod
-    def _run_is_a_name(cls, run: str | None) -> str | None:
-        return _named(run) if run is not None else None
 
 
 class EvaluateSpec(Section):
@@ -173,13 +99,7 @@ class RunSpec(Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_name(cls, name: str) -> str:
-        return _named(name)
-
-
-def _named(name: str) -> str:
-    if not NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"{name[:80]!r} is not a name: use {NAME_RULE}")
-    return name
+        return refuse_other_names(name)
 
 
 class _Loader(yaml.SafeLoader):
@@ -187,7 +107,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=mark)
         return super().compose_node(parent, index)
 

@@ -1,0 +1,154 @@
+"""The train section: who trains, on how much, with which optimiser, until when."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from heliostat.spec.section import (
+    Fraction,
+    Natural,
+    NaturalFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+    refuse_other_names,
+)
+
+Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
+READERS = {
+    "momentum": ("sgd", "rmsprop"),
+    "nesterov": ("sgd",),
+    "betas": ("adam", "adamw"),
+    "alpha": ("rmsprop",),
+}
+
+
+class OptimizerSpec(Section):
+    """`decay: matrices` spares biases, norms and embeddings of one dimension the weight decay."""
+
+    kind: Literal["sgd", "rmsprop", "adam", "adamw"] = "adam"
+    lr: PositiveFloat = 1e-3
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    alpha: Beta = 0.99
+    eps: PositiveFloat = 1e-8
+    weight_decay: NaturalFloat = 0.0
+    decay: Literal["all", "matrices"] = "all"
+
+    @model_validator(mode="after")
+    def _every_key_is_read(self) -> Self:
+        for key, kinds in READERS.items():
+            if getattr(self, key) != type(self).model_fields[key].default and (
+                self.kind not in kinds
+            ):
+                owners = " and ".join(kinds)
+                raise ValueError(f"{key} belongs to {owners}, {self.kind} does not read it")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum")
+        return self
+
+
+class ScheduleSpec(Section):
+    """The learning rate as a share of `optimizer.lr`.
+
+    All kinds first rise linearly over `warmup_steps`. Then `step` multiplies by `factor` every
+    `every` steps; `linear` and `cosine` fall to `final` at the last step; `wsd` stays and falls
+    linearly over the last `decay_steps`; `plateau` multiplies by `factor` when `patience`
+    validations in a row did not improve.
+    """
+
+    kind: Literal["constant", "step", "linear", "cosine", "wsd", "plateau"] = "constant"
+    warmup_steps: Natural = 0
+    every: Positive = 1000
+    factor: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.1
+    final: Fraction = 0.0
+    decay_steps: Positive = 1000
+    patience: Positive = 3
+
+
+class StopSpec(Section):
+    """What ends a run before its last step; the metrics are those of the validation split."""
+
+    tokens: Positive | None = None
+    metric: str | None = None
+    target: float | None = None
+    patience: Positive | None = None
+    min_delta: NaturalFloat = 0.0
+    seconds: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _a_target_is_of_a_metric(self) -> Self:
+        if (self.target is None) != (self.metric is None):
+            raise ValueError("metric and target belong together")
+        return self
+
+
+class TrainSpec(Section):
+    """`workers` may be a range [fewest, most]: the run then shrinks and grows with the cluster.
+
+    `global_batch` is the rows of one optimiser step over all workers; `micro_batch` the rows that
+    one worker has in flight, `auto` finds the largest that fits, None takes its whole share.
+    """
+
+    run: str | None = None
+    workers: Positive | tuple[Positive, Positive] = 1
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Natural = 0
+    epochs: Positive = 10
+    steps: Positive | None = None
+    global_batch: Positive = 64
+    micro_batch: Positive | Literal["auto"] | None = None
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    clip_norm: PositiveFloat | None = None
+    ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    stop: StopSpec = StopSpec()
+    validate_steps: Positive | None = None
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: bool = False
+    compile: bool = False
+    seed: Seed = 0
+    checkpoint_steps: Positive = 100
+    keep_checkpoints: Annotated[int, Field(ge=2, strict=True)] = 2
+    max_failures: Natural = 3
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _workers_are_a_range(self) -> Self:
+        if self.fewest_workers > self.most_workers:
+            raise ValueError("workers must be [fewest, most]")
+        return self
+
+    @model_validator(mode="after")
+    def _every_worker_gets_rows(self) -> Self:
+        if self.global_batch < self.most_workers:
+            raise ValueError(
+                f"global_batch {self.global_batch} leaves workers without rows, "
+                f"it must be at least workers ({self.most_workers})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_has_its_steps(self) -> Self:
+        reads = self.schedule.kind == "plateau" or self.stop.metric or self.stop.patience
+        if reads and not self.validate_steps:
+            raise ValueError(
+                "schedule plateau, stop.metric and stop.patience read a validation: "
+                "set validate_steps"
+            )
+        return self
+
+    @field_validator("run")
+    @classmethod
+    def _run_is_a_name(cls, run: str | None) -> str | None:
+        return refuse_other_names(run) if run is not None else None
