@@ -25,6 +25,7 @@ CHUNK_BYTES = 32 << 20
 CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
 CHUNKS_KEPT = 8
 CHUNKS_AHEAD = 2
+PARALLEL_READS = 4
 
 Columns = Mapping[str, npt.NDArray[Any]]
 
@@ -115,7 +116,8 @@ class ChunkReader:
         count = min(CHUNKS_PER_PIPELINE, self._stop - first)
 
         def read_chunk(chunk: Chunk) -> pa.Table:
-            tables = [read_group(store, *groups[group]) for group in chunk.groups]
+            with ThreadPoolExecutor(PARALLEL_READS) as threads:
+                tables = list(threads.map(lambda g: read_group(store, *groups[g]), chunk.groups))
             return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
 
         def read(rows: pa.Table) -> pa.Table:
