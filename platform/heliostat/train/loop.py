@@ -62,7 +62,7 @@ class Recipe:
 class StepReport:
     """One finished step over all ranks: `metrics` are means over the global batch, `loss` first.
 
-    `seconds` is the wall time since the step before, `wait_seconds` the part spent on its batch.
+    `seconds` is the wall time since it was asked for, `wait_seconds` the part spent on its batch.
     """
 
     step: int
@@ -117,7 +117,7 @@ def fit(
             seconds=ended - began,
             wait_seconds=received - began,
         )
-        began = ended
+        began = time.perf_counter()
 
 
 @torch.no_grad()
