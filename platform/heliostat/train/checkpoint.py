@@ -5,13 +5,12 @@ of every piece of every tensor; until then it is invisible. Each attempt to writ
 directory of its own, so two writers never mix their files.
 """
 
-import dataclasses
 import json
 import math
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from heliostat.errors import HeliostatError
@@ -74,7 +73,7 @@ def commit(store: Store, key: str, manifest: Manifest) -> None:
     Raises:
         HeliostatError: the bucket cannot be written; nothing is committed then.
     """
-    document = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    document = {"format": FORMAT, **asdict(manifest)}
     data = json.dumps(document).encode()
     store.write(f"{key}/{_MANIFEST}", data)
     store.create(f"{key}/{_COMMITTED}", hash_bytes(data).encode())
@@ -143,9 +142,21 @@ def retain(store: Store, run: str, keep: int, best: Best | None = None) -> None:
     """Delete what `decide` says."""
     attempts = find(store, run)
     if best:
-        attempts = [dataclasses.replace(found, metric=_metric(store, found)) for found in attempts]
+        attempts = [replace(found, metric=_metric(store, found)) for found in attempts]
     for found in decide(attempts, keep, best):
         discard(store, found.key)
+
+
+def find_best(store: Store, run: str, best: Best) -> str | None:
+    """The key of the checkpoint with the best metric, None if none has one."""
+    attempts = [replace(found, metric=_metric(store, found)) for found in find(store, run)]
+    winner = _find_best(attempts, best)
+    return winner.key if winner else None
+
+
+def revoke(store: Store, key: str) -> None:
+    """Take the marker from a checkpoint that does not verify, so that it counts no more."""
+    store.delete(f"{key}/{_COMMITTED}")
 
 
 def collect(store: Store, run: str) -> list[str]:
