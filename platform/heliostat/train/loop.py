@@ -15,8 +15,7 @@ from heliostat.errors import HeliostatError
 from heliostat.models import Task
 from heliostat.models.dropout import key_samples, mix
 from heliostat.train.optim import set_rate
-
-Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+from heliostat.train.parallel import Autocast, synced
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def _accumulate(
     for start in starts:
         rows = slice(start, start + size)
         last = start == starts[-1]
-        with _synced_if(model, last), key_samples(model, keys[rows]):
+        with synced(model, last), key_samples(model, keys[rows]):
             with recipe.autocast():
                 outputs = model(*(tensor[rows] for tensor in batch.inputs))
                 measured = _measure(task, outputs, batch.targets[rows])
@@ -217,12 +216,6 @@ def _key(seed: int, step: int, batch: Batch) -> Tensor:
     """A number for each sample that says what is drawn for it, int64 (rows of the share,)."""
     places = torch.arange(len(batch.targets), device=batch.targets.device) + batch.first_row
     return mix(mix(torch.tensor(seed ^ (step << 32) & 2**63 - 1)) + places)
-
-
-def _synced_if(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients are exchanged once a step, in the last backward pass."""
-    pause: Autocast | None = getattr(model, "no_sync", None)
-    return contextlib.nullcontext() if last or pause is None else pause()
 
 
 def _clip(model: nn.Module, most: float | None) -> float:
