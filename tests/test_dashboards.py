@@ -73,7 +73,6 @@ def test_every_metric_of_the_table_is_on_a_panel(board: Dashboard) -> None:
 # --- A real Prometheus and a real run ------------------------------------------------------------
 
 
-@ray.remote(num_cpus=1)
 class Trainee:
     """A run that is cut off at step 60 and resumed from its checkpoint of step 40."""
 
@@ -84,7 +83,7 @@ class Trainee:
     def _attempt(self, root: str, run: str, steps: range) -> str:
         torch.set_num_threads(1)
         store = storage.connect(root)
-        signature = Signature(Vector(256), Classes("label", ("a", "b", "c")))
+        signature = Signature(Vector(256), Classes(("a", "b", "c")))
         model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 3))
         ledger = Ledger("job", goodput.load_attempts(store, run))
         weights = sum(parameter.numel() for parameter in model.parameters())
@@ -181,7 +180,7 @@ def run(
 ) -> Iterator[str]:
     """The name of a run that Prometheus has scraped; its process lives as long as it is asked."""
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
-    trainee = Trainee.remote()
+    trainee = ray.remote(Trainee).remote()
     name = "shown-by-grafana"
     print(ray.get(trainee.train.remote(f"{cluster.root}/dashboards", name)))
     wait_until(lambda: prometheus.query(f'ray_heliostat_train_step{{run="{name}"}} == 150'), 90)

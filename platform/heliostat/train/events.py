@@ -34,7 +34,7 @@ class EventFiles:
     ):
         self._store, self._unix_time, self._max_bytes = store, unix_time, max_bytes
         # TensorBoard reads the files in the order of their names.
-        stem = f"events.out.tfevents.{int(unix_time()):010d}.{secrets.token_hex(4)}"
+        stem = f"events.out.tfevents.{unix_time():017.6f}.{secrets.token_hex(4)}"
         self._stem = f"runs/{run}/tensorboard/{stem}"
         self._files = 0
         self._unsent = True

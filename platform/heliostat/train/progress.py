@@ -270,6 +270,8 @@ def render(workload: Workload, step: int, values: Mapping[str, float]) -> str:
     epoch = max(1, -(-step // workload.steps_per_epoch))
     parts = [f"step {step:,}/{workload.steps:,}", f"epoch {epoch:,}"]
     for name, value in values.items():
+        if name == STALL_SHARE.name and value < 0.005:
+            continue
         told = name.replace("/", " ").replace("{", "{{").replace("}", "}}")
         parts.append(_SHOWN.get(name, f"{told} {{:,.4g}}").format(value))
     return "  ".join(parts)
