@@ -73,8 +73,7 @@ def test_a_killed_worker_costs_no_step(store: Store, wait_until: Callable[..., N
         wait_until(lambda: checkpoint.committed(store, "killed") or pending.done(), 120)
         victim = find_worker()
         victim.kill()
-        newest = checkpoint.load_newest(store, "killed")
-        assert newest is not None
+        newest = checkpoint.find(store, "killed")[0]
         assert newest.step < undisturbed.step
         result = pending.result()
     assert not victim.is_running()
@@ -107,7 +106,8 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(store: Store
     run = make_run(store, run="torn", checkpoint_steps=5)
     first = train(run, manifest)
     newest, before = checkpoint.committed(store, "torn")
-    store.write(f"{newest}/model.safetensors", first.weights[:-1])
+    files = [entry.key for entry in store.list(f"{newest}/") if "safetensors" in entry.key]
+    store.write(files[0], store.read(files[0])[:-1])
     again = train(run, manifest)
     assert before not in checkpoint.committed(store, "torn")[:1]
     np.testing.assert_array_equal(weights(again), weights(first))
@@ -144,7 +144,7 @@ def test_a_loss_that_diverges_ends_the_run_in_a_sentence(store: Store) -> None:
     optimizer = {"kind": "sgd", "lr": 1e30}
     with pytest.raises(HeliostatError, match=r"not finite|the loss became"):
         train(make_run(store, optimizer=optimizer, max_failures=1), make_data(store))
-    assert checkpoint.load_newest(store, "tiny") is None
+    assert checkpoint.committed(store, "tiny") == []
 
 
 def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(store: Store) -> None:
@@ -156,8 +156,8 @@ def test_a_run_name_taken_by_another_run_is_refused(store: Store) -> None:
     manifest = make_data(store)
     done = train(make_run(store, run="mine", epochs=1), manifest)
     assert train(make_run(store, run="mine", epochs=1), manifest) == done
-    with pytest.raises(HeliostatError, match="run mine was started with another train section"):
+    with pytest.raises(HeliostatError, match=r"run mine was .* \(train.epochs: 1 -> 2\)"):
         train(make_run(store, run="mine", epochs=2), manifest)
     other = replace(manifest, name="other")
-    with pytest.raises(HeliostatError, match="another data section"):
+    with pytest.raises(HeliostatError, match=r"\(data: "):
         train(make_run(store, run="mine", epochs=1), other)

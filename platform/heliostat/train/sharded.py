@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,6 +191,8 @@ def read_newest(
             return _restore(store, key, state, peers)
         except Corrupt as error:
             warn(f"passing over checkpoint {key}: {error}")
+            # Else retention would take it for the newest, and delete what is written after it.
+            peers.first(partial(checkpoint.revoke, store, key))
     return None
 
 
