@@ -11,8 +11,6 @@ from torch import Tensor
 
 from heliostat.errors import HeliostatError
 
-FILE_BYTES = 128 * 1024**2  # held in memory while it is uploaded
-
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,7 +43,7 @@ def find_type(name: str) -> torch.dtype:
     return _TYPES[name]
 
 
-def split_files(sizes: Mapping[str, int], most: int = FILE_BYTES) -> Iterator[list[str]]:
+def split_files(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
     """The keys of `sizes` in order, in groups of at most `most` bytes or of one key."""
     group: list[str] = []
     for key, size in sizes.items():

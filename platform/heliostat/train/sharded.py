@@ -42,6 +42,7 @@ from heliostat.train.state import (
     take_local,
 )
 
+FILE_BYTES = 128 * 1024**2  # held in memory while it is uploaded
 PARALLEL_WRITES = 4
 PARALLEL_READS = 8
 READ_BYTES = 64 * 1024**2
@@ -349,7 +350,7 @@ def _write_files(
         return _Written({file: File(len(data), header)}, placed)
 
     with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
-        return _join(threads.map(write, enumerate(pieces.split_files(sizes))))
+        return _join(threads.map(write, enumerate(pieces.split_files(sizes, FILE_BYTES))))
 
 
 def _join(written: Iterable[_Written]) -> _Written:
