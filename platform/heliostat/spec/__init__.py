@@ -78,8 +78,11 @@ class EvaluateSpec(Section):
 
 
 class DeploySpec(Section):
+    """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up."""
+
     version: Positive | None = None
     replicas: Positive = 1
+    start_timeout_s: PositiveFloat = 900
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30
