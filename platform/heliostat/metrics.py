@@ -1,4 +1,4 @@
-"""What a run reports: plain finite numbers under known names."""
+"""What a run reports: plain finite numbers."""
 
 import math
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
-from heliostat.spec.data import DataSpec, SplitSpec, TextSpec
+from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, TextSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -35,6 +35,7 @@ from heliostat.spec.section import (
 from heliostat.spec.train import OptimizerSpec, ScheduleSpec, StopSpec, TrainSpec
 
 __all__ = [
+    "MAX_CATEGORIES",
     "NAME_PATTERN",
     "NAME_RULE",
     "CnnSpec",
