@@ -17,6 +17,7 @@ from datasets import store_images
 from heliostat import spec, storage
 from heliostat.data.manifest import Manifest, data_key
 from heliostat.errors import HeliostatError
+from heliostat.local import Cluster
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
 from heliostat.train import checkpoint
@@ -82,14 +83,15 @@ def test_a_killed_worker_costs_no_step(store: Store, wait_until: Callable[..., N
 
 
 def test_workers_on_two_nodes_train_the_same_model(
-    store: Store, join_node: Callable[[int], str], wait_until: Callable[..., None]
+    cluster: Cluster, store: Store, join_node: Callable[[int], str], wait_until: Callable[..., None]
 ) -> None:
     manifest = make_data(store)
     alone = train(make_run(store, workers=1, run="alone"), manifest)
-    join_node(3)
-    wait_until(lambda: ray.cluster_resources()["CPU"] == 4 + 3, 60)
-    # Three of the four CPUs of one node and all three of the other: a worker fits on each.
-    both = train(make_run(store, workers=2, cpus_per_worker=3, run="both"), manifest)
+    cpus = cluster.state.bounds.logical_cpus
+    join_node(cpus - 1)
+    wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus - 1, 60)
+    # All but one of the CPUs of one node and all of the other: a worker fits on each.
+    both = train(make_run(store, workers=2, cpus_per_worker=cpus - 1, run="both"), manifest)
     workers = list_actors(filters=[("class_name", "=", "RayTrainWorker")])
     assert len({worker.node_id for worker in workers}) == 2
     np.testing.assert_allclose(weights(alone), weights(both), atol=1e-6)
@@ -147,9 +149,13 @@ def test_a_loss_that_diverges_ends_the_run_in_a_sentence(store: Store) -> None:
     assert checkpoint.committed(store, "tiny") == []
 
 
-def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(store: Store) -> None:
-    with pytest.raises(HeliostatError, match=r"train.workers=4 x 1 CPU take 4 of the 4 CPUs"):
-        train(make_run(store, workers=4), make_data(store))
+def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_numbers(
+    cluster: Cluster, store: Store
+) -> None:
+    cpus = cluster.state.bounds.logical_cpus
+    sentence = rf"train\.workers={cpus} x 1 CPU take {cpus} of the {cpus} CPUs"
+    with pytest.raises(HeliostatError, match=sentence):
+        train(make_run(store, workers=cpus, global_batch=cpus), make_data(store))
 
 
 def test_a_run_name_taken_by_another_run_is_refused(store: Store) -> None:

@@ -18,9 +18,9 @@ from heliostat.data.features import (
 from heliostat.data.raw import ImageLayout, Layout
 from heliostat.data.shards import COLUMN_PREFIX, image_bytes
 from heliostat.errors import HeliostatError
-from heliostat.spec import DataSpec
+from heliostat.spec import MAX_CATEGORIES, DataSpec
 
-MAX_DISTINCT = 10_000
+MAX_DISTINCT = MAX_CATEGORIES  # a spec asks for no more
 PART_ROWS = 1024 * 1024
 
 

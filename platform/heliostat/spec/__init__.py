@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
-from heliostat.spec.data import DataSpec, SplitSpec, TextSpec
+from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, TextSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -35,6 +35,7 @@ from heliostat.spec.section import (
 from heliostat.spec.train import OptimizerSpec, ScheduleSpec, StopSpec, TrainSpec
 
 __all__ = [
+    "MAX_CATEGORIES",
     "NAME_PATTERN",
     "NAME_RULE",
     "CnnSpec",
@@ -78,8 +79,11 @@ class EvaluateSpec(Section):
 
 
 class DeploySpec(Section):
+    """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up."""
+
     version: Positive | None = None
     replicas: Positive = 1
+    start_timeout_s: PositiveFloat = 900
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30
