@@ -56,7 +56,7 @@ def read_split(store: Store, manifest: Manifest, split: str, batch: int) -> Iter
     groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
     if not groups:
         return
-    _configure(ray.data.DataContext.get_current())
+    configure(ray.data.DataContext.get_current())
 
     def read(rows: pa.Table) -> pa.Table:
         return _told(lambda: read_group(store, *groups[rows["id"][0].as_py()]))
@@ -85,7 +85,7 @@ class ChunkReader:
         self._kept: dict[int, list[ray.ObjectRef]] = {}
         self._next = 0
         context = ray.data.DataContext.get_current()
-        _configure(context)
+        configure(context)
         context.target_max_block_size = None
         context.execution_options.preserve_order = True
 
@@ -218,7 +218,7 @@ def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:
             yield shard, index, group
 
 
-def _configure(context: ray.data.DataContext) -> None:
+def configure(context: ray.data.DataContext) -> None:
     """Say nothing about a pipeline in the job's log: the stage reports its own progress."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False

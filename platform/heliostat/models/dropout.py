@@ -1,5 +1,6 @@
 """Dropout whose noise belongs to the sample, not to the worker or the micro batch it lands in."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,8 @@ class Dropout(nn.Module):
             return x_N
         if self.keys is None:
             return nn.functional.dropout(x_N, self.share)
-        places = torch.arange(x_N[:1].numel(), device=x_N.device).view(1, *x_N.shape[1:])
+        row = x_N.shape[1:]
+        places = torch.arange(math.prod(row), device=x_N.device).view(1, *row)
         keys = mix(self.keys + self.salt * _INCREMENT).view(-1, *[1] * (x_N.ndim - 1))
         kept = mix(keys + places * _INCREMENT) & (2**_BITS - 1) >= int(self.share * 2**_BITS)
         return torch.mul(x_N, kept / (1 - self.share))
