@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from heliostat.data.features import (
     COLUMN_PREFIX,
-    IMAGE,
     NUMBERS,
     CategoryColumn,
     Column,
@@ -24,7 +23,7 @@ from heliostat.data.features import (
     TableFeatures,
 )
 from heliostat.data.raw import ImageLayout, Layout, SeriesLayout, TableLayout, sort_names
-from heliostat.data.shards import row_bytes, series_values
+from heliostat.data.shards import image_bytes, row_bytes, series_values
 from heliostat.errors import HeliostatError
 from heliostat.signature import Numbers
 from heliostat.spec import DataSpec
@@ -38,7 +37,7 @@ def measure(layout: Layout, rows: pa.Table) -> dict[str, Any]:
     """Sums over the rows of one shard that can be added up, the same on every machine."""
     match layout:
         case ImageLayout():
-            pixels = row_bytes(rows, IMAGE).reshape(-1, layout.channels)
+            pixels = image_bytes(rows).reshape(-1, layout.channels)
             return {"histograms": [_count_values(channel).tolist() for channel in pixels.T]}
         case SeriesLayout():
             steps = series_values(rows, layout.channels)

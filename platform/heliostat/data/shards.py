@@ -113,7 +113,7 @@ def to_columns(features: Features, table: pa.Table) -> Columns:
     """The columns that `encode` takes, from rows of a shard."""
     if isinstance(features, ImageFeatures):
         shape = (-1, features.height, features.width, features.channels)
-        return {IMAGE: row_bytes(table, IMAGE).reshape(shape)}
+        return {IMAGE: image_bytes(table).reshape(shape)}
     if isinstance(features, SeriesFeatures):
         return {SERIES: stack_series(series_values(table, features.channels))}
     texts = {
@@ -145,6 +145,11 @@ def series_values(table: pa.Table, channels: int) -> list[npt.NDArray[np.float32
     return [part.reshape(-1, channels) for part in np.split(values, ends[:-1])] if len(ends) else []
 
 
+def image_bytes(table: pa.Table) -> npt.NDArray[np.uint8]:
+    """The pixels of a shard's rows, (rows, height * width * channels), without a copy if it can."""
+    return row_bytes(table, IMAGE)
+
+
 def row_bytes(table: pa.Table, name: str) -> npt.NDArray[np.uint8]:
     """A column of bytes as (rows, bytes of a row), without a copy if it can."""
     column = table[name].combine_chunks()
@@ -153,6 +158,13 @@ def row_bytes(table: pa.Table, name: str) -> npt.NDArray[np.uint8]:
         return np.empty((0, width), np.uint8)
     pixels = np.frombuffer(column.buffers()[1], np.uint8)
     return pixels[column.offset * width :][: len(column) * width].reshape(len(column), width)
+
+
+def pack_rows(numbers: npt.NDArray[np.float64]) -> pa.Array:
+    """(rows, columns) as one column of bytes."""
+    rows, columns = numbers.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(numbers, "<f8"))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * columns), rows, buffers)
 
 
 def _hash(row_id: str, seed: int) -> tuple[int, int]:

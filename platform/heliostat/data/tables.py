@@ -39,6 +39,7 @@ from heliostat.data.raw import (
     raw_rows,
     sort_labels,
 )
+from heliostat.data.shards import pack_rows
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 from heliostat.storage import Store
@@ -211,13 +212,6 @@ def _clean_numbers(column: pa.Array, place: str, problems: list[str | None]) -> 
     values, wrong = _to_numbers(column)
     _mark(problems, _to_mask(wrong), f"{place} is not a number of at most {MAX_NUMBER:g}")
     return cast(NDArray[np.float64], values.to_numpy(zero_copy_only=False))
-
-
-def pack_rows(numbers: NDArray[np.float64]) -> pa.Array:
-    """(rows, columns) as one column of bytes."""
-    rows, columns = numbers.shape
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(numbers, "<f8"))]
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * columns), rows, buffers)
 
 
 def _where_null(column: pa.Array) -> NDArray[np.bool_]:
