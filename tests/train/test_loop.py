@@ -56,13 +56,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(optimizer: OptimizerSpec) -> No
 
     first, first_state = make(optimizer)
     list(loop.fit(first, TASK, first_state, batches(range(11)), RECIPE))
-    files = state.dump_state(first, first_state, 11)
+    files = dump(first, first_state, 11)
     resumed, resumed_state = make(optimizer)
-    step = state.load_state(resumed, resumed_state, files)
+    step = load(resumed, resumed_state, files)
     rest = loop.fit(resumed, TASK, resumed_state, batches(range(step, 20)), RECIPE, first_step=step)
 
     assert outcome(list(rest)) == outcome(whole[11:])
-    assert state.dump_state(resumed, resumed_state, 20) == state.dump_state(model, whole_state, 20)
+    assert dump(resumed, resumed_state, 20) == dump(model, whole_state, 20)
 
 
 TASKS: dict[str, tuple[Output, torch.Tensor]] = {
@@ -126,18 +126,18 @@ def test_what_is_not_finite_stops_at_its_step_and_leaves_the_weights(
         model, TASK, optimizer, [good, batch(bad.inputs[0] * poison, bad.targets)], RECIPE
     )
     next(steps)
-    before = state.dump_state(model, optimizer, 1)
+    before = dump(model, optimizer, 1)
     with pytest.raises(HeliostatError, match=said):
         next(steps)
-    assert state.dump_state(model, optimizer, 1) == before
+    assert dump(model, optimizer, 1) == before
 
 
 def test_validation_is_the_mean_however_it_is_batched() -> None:
     model, _ = make(OPTIMIZERS[0])
     inputs, targets = torch.randn(10, 6), torch.arange(10) % 3
-    whole = loop.validate(model, TASK, [batch(inputs, targets)])
+    whole = loop.validate(model, TASK, [batch(inputs, targets)], RECIPE)
     parts = [batch(inputs[:3], targets[:3]), batch(inputs[3:], targets[3:])]
-    assert loop.validate(model, TASK, parts) == pytest.approx(whole)
+    assert loop.validate(model, TASK, parts, RECIPE) == pytest.approx(whole)
     assert set(whole) == {"loss", "accuracy"}
 
 
@@ -146,4 +146,4 @@ def test_weights_that_are_not_finite_are_never_written() -> None:
     with torch.no_grad():
         next(model.parameters())[0] = float("inf")
     with pytest.raises(HeliostatError, match="not finite after step 9"):
-        state.dump_state(model, optimizer, 9)
+        dump(model, optimizer, 9)
