@@ -15,7 +15,7 @@ import ray.data
 
 from heliostat.data.manifest import Manifest, Shard
 from heliostat.data.order import Chunk, Order, share
-from heliostat.data.shards import WEIGHT, read_group, to_columns
+from heliostat.data.shards import WEIGHT, label_values, read_group, to_columns
 from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
@@ -239,7 +239,7 @@ def _weigh(rows: pa.Table) -> int:
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:
-    return {**to_columns(manifest.features, table), "label": table["label"].to_numpy()}
+    return {**to_columns(manifest.features, table), "label": label_values(table["label"])}
 
 
 def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:

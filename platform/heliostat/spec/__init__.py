@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
-from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, TextSpec
+from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -56,6 +56,7 @@ __all__ = [
     "Section",
     "SplitSpec",
     "StopSpec",
+    "SyntheticSpec",
     "TextSpec",
     "TrainSpec",
     "check_name",
