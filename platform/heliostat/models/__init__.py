@@ -7,6 +7,8 @@ from torch import nn
 
 from heliostat.errors import HeliostatError
 from heliostat.models.cnn import build_cnn
+from heliostat.models.encoder import build_encoder
+from heliostat.models.gpt import build_gpt
 from heliostat.models.mlp import build_mlp
 from heliostat.models.tasks import Task, choose_task
 from heliostat.signature import Signature
@@ -18,6 +20,8 @@ __all__ = ["MODELS", "Task", "build", "count_parameters", "task_of"]
 MODELS: dict[str, Callable[[Any, Signature, int], nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
+    "encoder": build_encoder,
+    "gpt": build_gpt,
 }
 
 
