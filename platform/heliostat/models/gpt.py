@@ -65,7 +65,7 @@ class Gpt(nn.Module):
         self.flexible = spec.width // spec.heads >= FLEX_MIN_HEAD
         self.embed = nn.Embedding(vocab, spec.width)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
-        self.norm = nn.RMSNorm(spec.width, spec.norm_eps)
+        self.norm = RmsNorm(spec.width, spec.norm_eps)
         self.head = None if spec.tied else nn.Linear(spec.width, vocab, bias=False)
 
     def forward(self, tokens_NT: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ class Gpt(nn.Module):
 class Layer(nn.Module):
     def __init__(self, spec: GptSpec) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(spec.width, spec.norm_eps)
+        self.attention_norm = RmsNorm(spec.width, spec.norm_eps)
         self.attention = Attention(spec.width, spec.heads, spec.kv_heads or spec.heads)
-        self.ffn_norm = nn.RMSNorm(spec.width, spec.norm_eps)
+        self.ffn_norm = RmsNorm(spec.width, spec.norm_eps)
         self.ffn = SwiGlu(spec.width, ffn_width(spec))
         self.attention_dropout, self.ffn_dropout = Dropout(spec.dropout), Dropout(spec.dropout)
 
@@ -113,6 +113,16 @@ class Attention(nn.Module):
         seen_NHTC = attend(q_NHTC, k_NKTC, v_NKTC, sight)
         seen_NTD: Tensor = self.out(seen_NHTC.transpose(1, 2).flatten(2))
         return seen_NTD
+
+
+class RmsNorm(nn.RMSNorm):
+    """Root mean square norm (Zhang & Sennrich 2019), in float32 whatever comes in, and back."""
+
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        weight_D = self.weight.float()
+        return functional.rms_norm(
+            x_NTD.float(), self.normalized_shape, weight_D, self.eps
+        ).type_as(x_NTD)
 
 
 class SwiGlu(nn.Module):

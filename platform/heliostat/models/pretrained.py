@@ -7,7 +7,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from heliostat.errors import HeliostatError
@@ -80,9 +79,11 @@ def load_pretrained(network: nn.Module, spec: ModelSpec, signature: Signature) -
     if store.stat(CONFIG) is None:
         _load(network, _read_tensors(store), spec.init)
         return
-    refuse_other_config(spec, _read_json(store, CONFIG), spec.init)
+    config = _read_json(store, CONFIG)
+    refuse_other_config(spec, config, spec.init)
+    _refuse_other_vocabulary(signature, config, spec.init)
     tensors = from_hf(spec, _read_tensors(store), spec.init)
-    _load(network, network.state_dict() | _fit_vocabulary(tensors, signature, store), spec.init)
+    _load(network, network.state_dict() | tensors, spec.init)
 
 
 def describe_hf(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,6 +237,16 @@ def _refuse_options(config: Mapping[str, Any], only: Mapping[str, Any]) -> None:
             )
 
 
+def _refuse_other_vocabulary(signature: Signature, config: Mapping[str, Any], origin: str) -> None:
+    assert isinstance(signature.input, Blocks | Text)
+    rows, vocab = config.get("vocab_size"), signature.input.vocab
+    if rows != vocab:
+        raise HeliostatError(
+            f"the weights at {origin} know {rows} tokens, the data has {vocab}: prepare the data "
+            f"with data.text.tokenizer={origin}"
+        )
+
+
 def _resolve(spec: ModelSpec) -> dict[str, Any]:
     """The keys of a model section with what None stands for."""
     values = spec.model_dump()
@@ -244,30 +255,6 @@ def _resolve(spec: ModelSpec) -> dict[str, Any]:
     if isinstance(spec, EncoderSpec):
         values |= {"ffn": encoder.ffn_width(spec)}
     return values
-
-
-def _fit_vocabulary(tensors: Tensors, signature: Signature, store: Store) -> Tensors:
-    """Without the rows after the data's vocabulary, where those are only padding.
-
-    Many checkpoints have more rows than their tokenizer has tokens, to please the hardware.
-    """
-    assert isinstance(signature.input, Blocks | Text)
-    vocab = signature.input.vocab
-    by_token = tensors.keys() & {"embed.weight", "head.weight", "tokens.weight"}
-    rows = max(len(tensors[name]) for name in by_token)
-    if rows != vocab and not (rows > vocab == _count_tokens(store)):
-        raise HeliostatError(
-            f"the weights at {store.uri} know {rows} tokens, the data has {vocab}: prepare the "
-            f"data with data.text.tokenizer={store.uri}/{TOKENIZER}"
-        )
-    return tensors | {name: tensors[name][:vocab] for name in by_token}
-
-
-def _count_tokens(store: Store) -> int | None:
-    """How many tokens the tokenizer beside the weights has, None without one."""
-    if store.stat(TOKENIZER) is None:
-        return None
-    return int(Tokenizer.from_buffer(store.read(TOKENIZER)).get_vocab_size())
 
 
 def _read_tensors(store: Store) -> Tensors:
