@@ -1,6 +1,9 @@
 """What leaves for transformers gives the same there, and comes back bit for bit."""
 
+import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as algorithms
 from torch import Tensor, nn
 
-from heliostat import export
+from heliostat import export, registry, storage
+from heliostat.data import features
+from heliostat.errors import HeliostatError
 from heliostat.models import build
 from heliostat.models.pretrained import load_pretrained
-from heliostat.signature import Blocks, NextToken, Signature
-from heliostat.spec import GptSpec, RopeScalingSpec
+from heliostat.signature import Blocks, NextToken, Signature, output_to_json
+from heliostat.spec import GptSpec, RopeScalingSpec, dump, parse
+from heliostat.storage import Store
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -52,8 +58,9 @@ def learn_tokenizer() -> bytes:
 
 
 TOKENIZER = learn_tokenizer()
-VOCAB = Tokenizer.from_buffer(TOKENIZER).get_vocab_size()
-BLOCKS = Blocks(24, VOCAB, Tokenizer.from_buffer(TOKENIZER).token_to_id(END))
+IDS = Tokenizer.from_buffer(TOKENIZER).get_vocab()
+VOCAB = len(IDS)
+BLOCKS = Blocks(24, VOCAB, IDS[END])
 SIGNATURE = Signature(BLOCKS, NextToken())
 
 
@@ -111,3 +118,56 @@ def test_what_was_exported_comes_back_bit_for_bit(tmp_path: Path, spec: GptSpec)
     files = export.to_hf_files(spec, BLOCKS, network.state_dict(), TOKENIZER)
     tensors = safetensors.torch.load(files["model.safetensors"])
     assert sum(map(Tensor.numel, tensors.values())) == sum(map(Tensor.numel, weights.values()))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return storage.connect(str(tmp_path / "bucket"))
+
+
+def publish(store: Store, model: dict[str, Any], weights: dict[str, Tensor]) -> registry.Version:
+    """A version as a finished run leaves it, with its tokenizer."""
+    sha256 = hashlib.sha256(TOKENIZER).hexdigest()
+    store.write(f"blobs/{sha256}", TOKENIZER)
+    seen = features.BlockFeatures(BLOCKS.length, VOCAB, BLOCKS.end, sha256, (1,) * VOCAB)
+    draft = registry.Draft(
+        name="rays",
+        output=output_to_json(NextToken()),
+        features=features.features_to_json(seen),
+        spec=dump(parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})),
+        data_name="rays",
+        data_version="0" * 16,
+        run="first",
+        step=7,
+        code="",
+        metrics={"loss": 2.5},
+    )
+    return registry.publish(store, draft, safetensors.torch.save(weights))
+
+
+def test_the_command_writes_a_published_version(tmp_path: Path, store: Store) -> None:
+    from transformers import LlamaForCausalLM
+
+    spec = SPECS["grouped, untied"]
+    weights = build_loud(spec).state_dict()
+    publish(store, spec.model_dump(), weights)
+    command = [sys.executable, "-m", "heliostat.cli", "export", "rays:1", "--root", store.uri]
+    command += ["--to", "hf", str(tmp_path / "llama")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert told.stdout.splitlines()[-1] == str(tmp_path / "llama")
+    llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    assert torch.equal(llama.get_input_embeddings().weight, weights["embed.weight"])
+
+
+def test_a_version_of_another_kind_is_refused(store: Store) -> None:
+    version = publish(store, {"kind": "mlp"}, {"w": torch.zeros(1)})
+    with pytest.raises(HeliostatError, match=r"rays:1 is of kind mlp: --to hf takes .* kind gpt"):
+        export.export_hf(store, version, store)
+
+
+def test_another_tokenizer_than_the_published_one_is_refused(store: Store) -> None:
+    spec = SPECS["tied"]
+    version = publish(store, spec.model_dump(), build_loud(spec).state_dict())
+    store.write(f"blobs/{version.features['tokenizer']}", b"{}")
+    with pytest.raises(HeliostatError, match="not the tokenizer that rays:1 was published with"):
+        export.export_hf(store, version, store)
