@@ -68,8 +68,7 @@ class Encoder(nn.Module):
         """A vector of each text, (N, D): the mean of its tokens' or that of its first token."""
         places_T = torch.arange(ids_NT.shape[1], device=ids_NT.device)
         valid_NT = places_T < lengths_N[:, None]
-        # A text without tokens looks at its padding, else its softmax would be over nothing.
-        seen_N11T = (valid_NT | (places_T == 0))[:, None, None, :]
+        seen_N11T = valid_NT[:, None, None, :]
         x_NTD: Tensor = self.tokens(ids_NT) + self.positions(places_T) + self.segments.weight[0]
         x_NTD = self.dropout(self.norm(x_NTD))
         for layer in self.layers:
