@@ -22,6 +22,7 @@ from heliostat.spec.model import (
     ModelSpec,
     RecsysSpec,
     RnnSpec,
+    RopeScalingSpec,
 )
 from heliostat.spec.section import (
     NAME_PATTERN,
@@ -51,6 +52,7 @@ __all__ = [
     "Positive",
     "RecsysSpec",
     "RnnSpec",
+    "RopeScalingSpec",
     "RunSpec",
     "ScheduleSpec",
     "Section",
