@@ -116,5 +116,5 @@ def test_a_micro_batch_takes_no_more_than_is_free(
 
 def test_one_row_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(micro_batch._AVAILABLE, "cpu", lambda device: 10**5)
-    with pytest.raises(HeliostatError, match="rows of 400 numbers\\) does not fit the 0.0 GiB"):
+    with pytest.raises(HeliostatError, match=r"rows of 400 numbers\) does not fit the 0.0 GiB"):
         fit_micro_batch(*make(), WIDE, SPEC, CPU)
