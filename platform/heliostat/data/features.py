@@ -1,12 +1,15 @@
 """How a model sees a row: statistics of the training split, and the one code that applies them."""
 
 import base64
-import binascii
 import io
 import math
+import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import repeat
 from typing import Any, cast
 
 import numpy as np
@@ -14,15 +17,31 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from heliostat.errors import HeliostatError
-from heliostat.signature import Input, Numbers, Output, Picture, Vector
+from heliostat.signature import (
+    Input,
+    Interaction,
+    Numbers,
+    Output,
+    Picture,
+    Series,
+    Vector,
+)
 
 Columns = dict[str, NDArray[Any]]
 Arrays = tuple[NDArray[Any], ...]
 
 IMAGE = "image"
+NUMBERS = "numbers"  # all numeric columns of a table side by side
+SERIES = "series"
+COLUMN_PREFIX = "x."  # of the other columns of a table
 MAX_PIXELS = 64_000_000
+MAX_SERVED_PIXELS = 25_000_000  # of an image in a request; a file of 8 KB can have more
+MAX_REQUEST_PIXELS = 64_000_000  # of all of them: about a second of one core
 MAX_NUMBER = 1e100  # so that squares and their sums are numbers too
 MAX_DEVIATIONS = 1e6  # so that any number is one in 32 bits, and stays one in a model
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_LISTED = 20
+WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0*")
 MISSING_TEXTS = frozenset({"", "NA", "N/A", "nan", "NaN", "null", "None", "?"})
 BROKEN_IMAGE = (
     OSError,
@@ -77,66 +96,157 @@ class CategoryColumn:
 
 
 @dataclass(frozen=True)
+class IdColumn:
+    """Who or what a row is about: its place among `values` from 1 on, and 0 where it is not there.
+
+    `values` are all that the training split has, as texts; a whole number has no decimal point.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    @cached_property
+    def places(self) -> dict[str | None, int]:
+        return {value: place for place, value in enumerate(self.values, start=1)}
+
+
+Column = NumericColumn | CategoryColumn | IdColumn
+COLUMN_KINDS = {"numeric": NumericColumn, "category": CategoryColumn, "id": IdColumn}
+
+
+@dataclass(frozen=True)
 class TableFeatures:
-    columns: tuple[NumericColumn | CategoryColumn, ...]
+    """`unused` are the places, among the numbers that a row is stored with, of dropped columns."""
+
+    columns: tuple[Column, ...]
+    unused: tuple[int, ...] = ()
+
+    @cached_property
+    def numeric(self) -> tuple[NumericColumn, ...]:
+        return tuple(column for column in self.columns if isinstance(column, NumericColumn))
+
+    @cached_property
+    def ids(self) -> tuple[IdColumn, ...]:
+        return tuple(column for column in self.columns if isinstance(column, IdColumn))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(column.name for column in self.columns)
+
+    @cached_property
+    def slots(self) -> "Slots":
+        return _assign_slots(self)
 
 
-Features = ImageFeatures | TableFeatures
+@dataclass(frozen=True)
+class Slots:
+    """Which of a row's `width` inputs each column has, with what scales all numbers at once.
+
+    `numbers` and `flags` are the inputs of the numeric columns and of those `flagged` for missing
+    values; `categories` are (column, input of each value, input of all others).
+    """
+
+    width: int
+    numbers: NDArray[np.intp]
+    flagged: NDArray[np.intp]
+    flags: NDArray[np.intp]
+    categories: tuple[tuple[str, dict[str, int], int], ...]
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SeriesFeatures:
+    """`length` is that of the longest row of all splits; `mean` and `std` are per channel.
+
+    A length is a shape, like the height of an image, so it is not a statistic of the training
+    split: a row that is longer than any training row is still read whole.
+    """
+
+    length: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+Features = ImageFeatures | TableFeatures | SeriesFeatures
+STATISTICS_KINDS = {"image": ImageFeatures, "series": SeriesFeatures}
 
 
 def features_to_json(features: Features) -> dict[str, Any]:
     """The features as plain JSON values."""
-    if isinstance(features, ImageFeatures):
-        return {"kind": "image", **asdict(features)}
-    return {
-        "kind": "table",
-        "columns": [
-            {"kind": "numeric" if isinstance(column, NumericColumn) else "category"}
-            | asdict(column)
-            for column in features.columns
-        ],
-    }
+    if isinstance(features, TableFeatures):
+        columns = [
+            {"kind": _kind_of(COLUMN_KINDS, column)} | asdict(column) for column in features.columns
+        ]
+        return {"kind": "table", "columns": columns, "unused": list(features.unused)}
+    return {"kind": _kind_of(STATISTICS_KINDS, features), **asdict(features)}
 
 
 def features_from_json(document: dict[str, Any]) -> Features:
     """The inverse of `features_to_json`."""
     fields = dict(document)
-    if fields.pop("kind") == "table":
-        return TableFeatures(tuple(map(_column_from_json, fields["columns"])))
-    return ImageFeatures(**fields | {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+    kind = fields.pop("kind")
+    if kind == "table":
+        return TableFeatures(
+            tuple(map(_column_from_json, fields["columns"])), tuple(fields["unused"])
+        )
+    statistics = {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
+    features: Features = STATISTICS_KINDS[kind](**fields | statistics)
+    return features
 
 
-def _column_from_json(document: dict[str, Any]) -> NumericColumn | CategoryColumn:
-    fields = dict(document)
-    if fields.pop("kind") == "numeric":
-        return NumericColumn(**fields)
-    return CategoryColumn(fields["name"], tuple(fields["values"]))
+def _kind_of(kinds: dict[str, Any], value: object) -> str:
+    return next(kind for kind, known in kinds.items() if isinstance(value, known))
+
+
+def _column_from_json(document: dict[str, Any]) -> Column:
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in document.items()
+        if name != "kind"
+    }
+    column: Column = COLUMN_KINDS[document["kind"]](**fields)
+    return column
 
 
 def input_of(features: Features) -> Input:
     """What a network gets of a row."""
-    if isinstance(features, ImageFeatures):
-        return Picture(features.channels, features.height, features.width)
-    return Vector(sum(map(_column_width, features.columns)))
+    match features:
+        case ImageFeatures():
+            return Picture(features.channels, features.height, features.width)
+        case SeriesFeatures():
+            return Series(features.length, features.channels)
+        case TableFeatures():
+            if features.ids:
+                sizes = tuple(len(column.values) + 1 for column in features.ids)
+                return Interaction(sizes, features.slots.width)
+            return Vector(features.slots.width)
 
 
 def encode(features: Features, columns: Columns) -> Arrays:
-    """The arrays of `input_of(features)`, from columns as the shards hold them.
+    """The arrays of `input_of(features)`, from columns as `to_columns` and `parse_instances` give.
 
-    An image column is (N, height, width, channels) in 0..255, a numeric column float64 with NaN
-    where missing, a category column objects: str, or None where missing.
+    Those of images are (N, height, width, channels) in 0..255. Those of a table are NUMBERS,
+    float64 (N, numeric columns) with NaN where missing, and objects for each other column: str, or
+    None where missing. A series is an object: float32 (length, channels) with NaN where missing.
     """
-    if isinstance(features, ImageFeatures):
-        return (_encode_image(features, columns[IMAGE]),)
-    blocks = [_encode_column(column, columns[column.name]) for column in features.columns]
-    return (np.concatenate(blocks, axis=1),)
+    match features:
+        case ImageFeatures():
+            return (_encode_image(features, columns[IMAGE]),)
+        case SeriesFeatures():
+            return _encode_series(features, columns[SERIES])
+        case TableFeatures():
+            inputs = _encode_table(features, columns)
+            return (_encode_ids(features, columns), inputs) if features.ids else (inputs,)
 
 
 def encode_targets(output: Output, columns: Columns) -> NDArray[Any]:
     """The targets of `output` from the column `label`: (N,) or, of numbers, (N, names)."""
     label = columns["label"]
     if isinstance(output, Numbers):
-        return np.asarray((label - output.mean) / np.array(output.std), np.float32)
+        numbers = label.reshape(len(label), len(output.names))
+        return np.asarray((numbers - output.mean) / np.array(output.std), np.float32)
     return label.astype(np.int64)
 
 
@@ -144,7 +254,9 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
     """The columns that `encode` takes, from the JSON values of a request.
 
     An image is a nested list of numbers in 0..255 (height x width, and x channels if there are
-    several) or {"b64": a PNG or JPEG file}; a table row is an object of column: value.
+    several) or {"b64": a PNG or JPEG file}; a table row is an object of column: value; a series is
+    a list of steps, each a list of a number, or null, per channel (or one, not a list, if there is
+    one channel).
 
     Raises:
         FieldError: a value that the model cannot take, by its path.
@@ -153,27 +265,31 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
         raise FieldError("instances", "must be a list of at least one instance")
     if isinstance(features, ImageFeatures):
         return {IMAGE: _parse_images(features, instances)}
+    if isinstance(features, SeriesFeatures):
+        return {SERIES: stack_series(_parse_all_series(features, instances))}
     return _parse_rows(features, instances)
 
 
-def decode_image(data: bytes, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+def decode_image(
+    data: bytes, height: int, width: int, channels: int, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """The pixels (height, width, channels) of a PNG or JPEG file, upright, centre-cropped.
 
     Raises:
-        ValueError: not a PNG or JPEG file, a broken one, or one of more than 64 million pixels.
+        ValueError: not a PNG or JPEG file, a broken one, or one of more than `max_pixels`.
     """
     try:
-        with open_image(data) as image:
+        with open_image(data, max_pixels) as image:
             return fit_image(ImageOps.exif_transpose(image), height, width, channels)
     except BROKEN_IMAGE as error:
         raise ValueError(f"not a readable PNG or JPEG file: {_first_line(error)}") from error
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A PNG or JPEG file of a bounded size with only its header read; raises BROKEN_IMAGE."""
     image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}x{image.height} is more than {max_pixels:,} pixels")
     return image
 
 
@@ -200,6 +316,17 @@ def parse_number(text: str) -> float | None:
     return number if abs(number) <= MAX_NUMBER and "_" not in text else None
 
 
+def shorten_number(text: str) -> str:
+    """A whole number without its decimal point, so that 5 and 5.0 are one label or id."""
+    match = WHOLE_NUMBER.fullmatch(text)
+    return match[1] if match else text
+
+
+def write_number(value: float) -> str:
+    """The shortest text of a number, a whole one without a decimal point."""
+    return str(int(value)) if value % 1 == 0 else repr(value)
+
+
 def _flatten(image: Image.Image) -> Image.Image:
     """Without transparency (on white, as a browser shows it) and with 8 bits per channel."""
     if image.mode.startswith("I"):
@@ -222,62 +349,138 @@ def _encode_image(features: ImageFeatures, pixels: NDArray[Any]) -> NDArray[np.f
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
 
 
-def _column_width(column: NumericColumn | CategoryColumn) -> int:
-    if isinstance(column, NumericColumn):
-        return 1 + column.has_missing
-    return len(column.values) + 1
+def _encode_series(features: SeriesFeatures, rows: NDArray[Any]) -> Arrays:
+    """Zero, after standardising, is what stands where a value is missing or a row has ended."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    inputs = np.zeros((len(rows), lengths.max(initial=1), features.channels), np.float32)
+    mean, std = np.array(features.mean, np.float64), np.array(features.std, np.float64)
+    for row, values in enumerate(rows):
+        inputs[row, : len(values)] = _standardise(values, mean, std)
+    return inputs, lengths
 
 
-def _encode_column(
-    column: NumericColumn | CategoryColumn, values: NDArray[Any]
-) -> NDArray[np.float32]:
-    if isinstance(column, NumericColumn):
-        return _encode_numbers(column, values)
-    return _encode_texts(column, values)
+def stack_series(rows: Sequence[NDArray[np.float32]]) -> NDArray[Any]:
+    """Series of any lengths as one array of objects, as `encode` takes them."""
+    stacked = np.empty(len(rows), object)
+    for index, row in enumerate(rows):
+        stacked[index] = row
+    return stacked
 
 
-def _encode_numbers(column: NumericColumn, values: NDArray[Any]) -> NDArray[np.float32]:
-    missing = np.isnan(values)
+def _standardise(
+    values: NDArray[Any], mean: NDArray[np.float64], std: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Deviations of the last axis, 0 where a value is missing."""
     with np.errstate(over="ignore"):
-        deviations = ((values - column.mean) / column.std).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-    normal = np.where(missing, 0.0, deviations)
-    inputs = [normal, missing] if column.has_missing else [normal]
-    return np.stack(inputs, axis=1).astype(np.float32)
+        deviations = ((values - mean) / std).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+    deviations[np.isnan(deviations)] = 0.0
+    return cast(NDArray[np.float64], deviations)
 
 
-def _encode_texts(column: CategoryColumn, values: NDArray[Any]) -> NDArray[np.float32]:
-    slots: dict[str | None, int] = {value: slot for slot, value in enumerate(column.values)}
-    hot = [slots.get(value, len(slots)) for value in values]
-    return np.eye(len(slots) + 1, dtype=np.float32)[hot]
+def _assign_slots(features: TableFeatures) -> Slots:
+    """Inputs in the order of the columns; an id has none here, it is looked up instead."""
+    numbers: list[int] = []
+    flagged, flags, categories, width = [], [], [], 0
+    for column in features.columns:
+        match column:
+            case NumericColumn(has_missing=has_missing):
+                if has_missing:
+                    flagged.append(len(numbers))
+                    flags.append(width + 1)
+                numbers.append(width)
+                width += 1 + has_missing
+            case CategoryColumn(values=values):
+                places = {value: width + place for place, value in enumerate(values)}
+                categories.append((COLUMN_PREFIX + column.name, places, width + len(values)))
+                width += len(values) + 1
+    return Slots(
+        width,
+        np.array(numbers, np.intp),
+        np.array(flagged, np.intp),
+        np.array(flags, np.intp),
+        tuple(categories),
+        np.array([column.mean for column in features.numeric], np.float64),
+        np.array([column.std for column in features.numeric], np.float64),
+    )
+
+
+def _encode_table(features: TableFeatures, columns: Columns) -> NDArray[np.float32]:
+    slots = features.slots
+    rows = _count_rows(features, columns)
+    inputs = np.zeros((rows, slots.width), np.float32)
+    if features.numeric:
+        numbers = columns[NUMBERS]
+        inputs[:, slots.numbers] = _standardise(numbers, slots.mean, slots.std)
+        inputs[:, slots.flags] = np.isnan(numbers[:, slots.flagged])
+    for name, places, other in slots.categories:
+        inputs[np.arange(rows), _look_up(places, columns[name], other)] = 1
+    return inputs
+
+
+def _encode_ids(features: TableFeatures, columns: Columns) -> NDArray[np.int64]:
+    found = [
+        _look_up(column.places, columns[COLUMN_PREFIX + column.name], 0) for column in features.ids
+    ]
+    return np.stack(found, axis=1)
+
+
+def _look_up(places: dict[Any, int], values: NDArray[Any], other: int) -> NDArray[np.int64]:
+    """A hash table outruns a binary search and Arrow's `index_in`, which builds one every time."""
+    return np.fromiter(map(places.get, values, repeat(other)), np.int64, len(values))
+
+
+def _count_rows(features: TableFeatures, columns: Columns) -> int:
+    if not features.columns:
+        return 0
+    column = features.columns[0]
+    is_number = isinstance(column, NumericColumn)
+    return len(columns[NUMBERS if is_number else COLUMN_PREFIX + column.name])
 
 
 def _parse_images(features: ImageFeatures, instances: list[object]) -> NDArray[Any]:
-    images = [
-        _parse_image(features, instance, f"instances[{index}]")
-        for index, instance in enumerate(instances)
+    paths = [f"instances[{index}]" for index in range(len(instances))]
+    given = [
+        _read_file(instance, path) if isinstance(instance, dict) else instance
+        for instance, path in zip(instances, paths, strict=True)
     ]
-    return np.stack(images)
+    pixels = sum(_count_pixels(file) for file in given if isinstance(file, bytes))
+    if pixels > MAX_REQUEST_PIXELS:
+        raise FieldError(
+            "instances",
+            f"have {pixels:,} pixels, a request may have {MAX_REQUEST_PIXELS:,}: send fewer images "
+            "at once, or smaller ones",
+        )
+    return np.stack([_parse_image(features, *pair) for pair in zip(given, paths, strict=True)])
 
 
-def _parse_image(features: ImageFeatures, instance: object, path: str) -> NDArray[Any]:
+def _parse_image(features: ImageFeatures, given: object, path: str) -> NDArray[Any]:
     height, width, channels = features.height, features.width, features.channels
-    if isinstance(instance, dict):
-        return _parse_file(features, instance, path)
-    _check_pixels(instance, (height, width) if channels == 1 else (height, width, channels), path)
-    return np.array(instance, dtype=np.float32).reshape(height, width, channels)
+    if isinstance(given, bytes):
+        try:
+            return decode_image(given, height, width, channels, MAX_SERVED_PIXELS)
+        except ValueError as error:
+            raise FieldError(f"{path}.b64", f"is {error}") from error
+    _check_pixels(given, (height, width) if channels == 1 else (height, width, channels), path)
+    return np.array(given, dtype=np.float32).reshape(height, width, channels)
 
 
-def _parse_file(features: ImageFeatures, instance: dict[str, object], path: str) -> NDArray[Any]:
+def _read_file(instance: dict[str, object], path: str) -> bytes:
     text = instance.get("b64")
     if set(instance) != {"b64"} or not isinstance(text, str):
         raise FieldError(path, 'must be {"b64": "..."}, a PNG or JPEG file in base64')
     try:
-        data = base64.b64decode(text, validate=True)
-        return decode_image(data, features.height, features.width, features.channels)
-    except binascii.Error as error:
-        raise FieldError(f"{path}.b64", f"is not base64: {error}") from error
+        return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise FieldError(f"{path}.b64", f"is {error}") from error
+        raise FieldError(f"{path}.b64", f"is not base64: {error}") from error
+
+
+def _count_pixels(file: bytes) -> int:
+    """Width x height of an image by its header; 0 of one that is refused for itself."""
+    try:
+        with open_image(file, MAX_SERVED_PIXELS) as image:
+            return image.width * image.height
+    except BROKEN_IMAGE:
+        return 0
 
 
 def _check_pixels(value: object, shape: tuple[int, ...], path: str) -> None:
@@ -296,47 +499,107 @@ def _is_pixel(value: object) -> bool:
     return type(value) in (int, float) and 0 <= cast(float, value) <= 255
 
 
+def _parse_all_series(
+    features: SeriesFeatures, instances: list[object]
+) -> list[NDArray[np.float32]]:
+    return [
+        _parse_series(features, instance, f"instances[{index}]")
+        for index, instance in enumerate(instances)
+    ]
+
+
+def _parse_series(features: SeriesFeatures, instance: object, path: str) -> NDArray[np.float32]:
+    if not isinstance(instance, list) or not 0 < len(instance) <= features.length:
+        raise FieldError(path, f"must be a list of 1 to {features.length:,} steps")
+    for index, step in enumerate(instance):
+        _check_step(step, features.channels, f"{path}[{index}]")
+    return np.array(instance, np.float32).reshape(len(instance), features.channels)
+
+
+def _check_step(step: object, channels: int, path: str) -> None:
+    if channels == 1 and not isinstance(step, list):
+        step = [step]
+    if not isinstance(step, list) or len(step) != channels:
+        raise FieldError(path, f"must be a list of {channels} numbers, one per channel")
+    for index, value in enumerate(step):
+        if value is not None and not _is_number(value, MAX_FLOAT32):
+            raise FieldError(f"{path}[{index}]", f"must be a number of at most {MAX_FLOAT32:g}")
+
+
 def _parse_rows(features: TableFeatures, instances: list[object]) -> Columns:
     for index, instance in enumerate(instances):
         _check_row(features, instance, f"instances[{index}]")
     rows = cast(list[dict[str, object]], instances)
-    return {
-        column.name: _parse_column(column, [row.get(column.name) for row in rows])
+    texts = {
+        COLUMN_PREFIX + column.name: _parse_texts(column, [row.get(column.name) for row in rows])
         for column in features.columns
+        if not isinstance(column, NumericColumn)
     }
+    return {NUMBERS: _parse_numbers(features.numeric, rows), **texts}
 
 
 def _check_row(features: TableFeatures, instance: object, path: str) -> None:
     if not isinstance(instance, dict):
         raise FieldError(path, "must be an object of column: value")
-    names = [column.name for column in features.columns]
     for name in instance:
-        if name not in names:
-            raise FieldError(f"{path}.{name}", f"is unknown, the columns are {', '.join(names)}")
+        if name not in features.names:
+            names = [column.name for column in features.columns]
+            listed = ", ".join(names[:MAX_LISTED]) + ", ..." * (len(names) > MAX_LISTED)
+            raise FieldError(f"{path}.{name}", f"is unknown, the columns are {listed}")
 
 
-def _parse_column(column: NumericColumn | CategoryColumn, values: list[object]) -> NDArray[Any]:
-    paths = [f"instances[{index}].{column.name}" for index in range(len(values))]
-    pairs = zip(values, paths, strict=True)
-    if isinstance(column, NumericColumn):
-        return np.array([_parse_float(column, *pair) for pair in pairs], dtype=np.float64)
-    return np.array([_parse_text(column, *pair) for pair in pairs], dtype=object)
+def _parse_numbers(
+    columns: tuple[NumericColumn, ...], rows: list[dict[str, object]]
+) -> NDArray[np.float64]:
+    """(rows, columns) with NaN where missing."""
+    numbers = np.empty((len(rows), len(columns)), np.float64)
+    for index, row in enumerate(rows):
+        values: list[Any] = [row.get(column.name) for column in columns]
+        numbers[index] = [value if _is_number(value) else math.nan for value in values]
+    for index, place in np.argwhere(np.isnan(numbers)):
+        column = columns[place]
+        path = f"instances[{index}].{column.name}"
+        _check_missing(column, rows[index].get(column.name), path)
+    return numbers
 
 
-def _parse_float(column: NumericColumn, value: object, path: str) -> float:
-    if value is None and column.has_missing:
-        return math.nan
-    if value is None:
-        raise FieldError(path, "is required: training saw no row without it")
-    if type(value) not in (int, float) or not abs(cast(float, value)) <= MAX_NUMBER:
+def _check_missing(column: NumericColumn, value: object, path: str) -> None:
+    if value is not None:
         raise FieldError(path, f"must be a number of at most {MAX_NUMBER:g}")
-    return float(cast(float, value))
+    if not column.has_missing:
+        raise FieldError(path, "is required: training saw no row without it")
 
 
-def _parse_text(column: CategoryColumn, value: object, path: str) -> str | None:
+def _is_number(value: object, most: float = MAX_NUMBER) -> bool:
+    return type(value) in (int, float) and abs(cast(float, value)) <= most
+
+
+def _parse_texts(column: CategoryColumn | IdColumn, values: list[object]) -> NDArray[Any]:
+    parse = _parse_id if isinstance(column, IdColumn) else _parse_text
+    parsed = np.empty(len(values), object)
+    parsed[:] = [
+        parse(column, value, f"instances[{index}].{column.name}")
+        for index, value in enumerate(values)
+    ]
+    return parsed
+
+
+def _parse_text(column: CategoryColumn | IdColumn, value: object, path: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
         example = f', as "{column.values[0]}"' if column.values else ""
         raise FieldError(path, f"must be a string{example}")
     return clean_text(value)
+
+
+def _parse_id(column: CategoryColumn | IdColumn, value: object, path: str) -> str | None:
+    """The same text for 5, 5.0 and "5"; None, which is as good as unseen, where it is missing."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        text = clean_text(value)
+        return text and shorten_number(text)
+    if not _is_number(value):
+        raise FieldError(path, "must be a string or a number")
+    return write_number(cast(float, value))

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data.context import DataContext, ShuffleStrategy
 
-from heliostat.data import images, tables
+from heliostat.data import images, series, tables
 from heliostat.data.manifest import (
     SPLITS,
     Manifest,
@@ -35,7 +35,7 @@ from heliostat.data.manifest import (
     load_manifest,
     shard_from_json,
 )
-from heliostat.data.measure import measure, settle_features
+from heliostat.data.measure import measure, measure_numbers, settle_features, settle_numbers
 from heliostat.data.raw import (
     Form,
     Layout,
@@ -43,16 +43,19 @@ from heliostat.data.raw import (
     Survey,
     Unit,
     find_source,
+    label_type,
     raw_schema,
 )
 from heliostat.data.shards import (
     REJECTED,
     cut_points,
     is_test_file,
+    label_values,
     order_of,
     split_at,
     write_shard,
 )
+from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError
 from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
@@ -63,8 +66,9 @@ FORMS: dict[str, Form] = {
     "idx": images.IDX,
     "csv": tables.CSV,
     "parquet": tables.PARQUET,
+    "series": series.SERIES_FILES,
 }
-CODE_FORMAT = 1
+CODE_FORMAT = 2
 MIB = 1024 * 1024
 PROGRESS_SECONDS = 5.0
 MAX_EXAMPLES = 1000
@@ -99,11 +103,13 @@ def prepare(spec: RunSpec) -> Manifest:
     probe(store)
     source = find_source(spec.data)
     _check_apart(source, store)
-    print(f"{source.store.uri}: {source.form} - {source.reason}", flush=True)
+    _check_task(source.form, spec.data)
+    print(f"{source.uri}: {source.form} - {source.reason}", flush=True)
     fingerprint = _fingerprint(source, spec.data)
     if manifest := _find_prepared(store, spec.name, fingerprint):
         print(f"already prepared: {manifest.name}@{manifest.version}", flush=True)
         return manifest
+    say_if_waiting(cpus=1)
     with _ray_data():
         survey = _survey(source, spec.data)
         outcomes = _write_shards(store, source, survey, spec)
@@ -125,7 +131,7 @@ def require_prepared(spec: RunSpec) -> Manifest:
         return _load_pointed(store, spec.name, _fingerprint(source, spec.data))
     except Missing as error:
         raise HeliostatError(
-            f"{source.store.uri} was not prepared as {spec.name} with this data section, or was "
+            f"{source.uri} was not prepared as {spec.name} with this data section, or was "
             "changed since: run the prepare job first"
         ) from error
 
@@ -154,10 +160,18 @@ def _describe_output(output: Output) -> str:
 
 
 def _check_apart(source: Source, store: Store) -> None:
-    if f"{store.uri}/".startswith(f"{source.store.uri}/"):
+    if f"{store.uri}/".startswith(f"{source.uri}/"):
         raise HeliostatError(
-            f"root {store.uri} lies inside data.source {source.store.uri}, so prepared data would "
+            f"root {store.uri} lies inside data.source {source.uri}, so prepared data would "
             "be read as raw data: choose another root, or a source beside it"
+        )
+
+
+def _check_task(form: str, data: DataSpec) -> None:
+    tasks = FORMS[form].tasks
+    if data.task not in ("auto", *tasks):
+        raise HeliostatError(
+            f"data.task is {data.task}, but the labels of {form} are for {' or '.join(tasks)}"
         )
 
 
@@ -177,9 +191,13 @@ def _find_prepared(store: Store, name: str, fingerprint: str) -> Manifest | None
 
 
 def _load_pointed(store: Store, name: str, fingerprint: str) -> Manifest:
-    """The version that these inputs were prepared to; Missing if they were not."""
-    pointer = json.loads(store.read(data_key(name, "inputs", f"{fingerprint}.json")))
-    return load_manifest(store, name, pointer["version"])
+    """The version that these inputs were prepared to; Missing if no sound pointer names one."""
+    key = data_key(name, "inputs", f"{fingerprint}.json")
+    try:
+        version = str(json.loads(store.read(key))["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Missing(f"{store.uri}/{key} names no version") from error
+    return load_manifest(store, name, version)
 
 
 # --- The pipeline --------------------------------------------------------------------------------
@@ -290,6 +308,8 @@ def _place(plan: Plan, rows: pa.Table) -> pa.Table:
             *(rows[name].to_pylist() for name in ("id", "object", "problem")), strict=True
         )
     ]
+    if plan.layout.targets:
+        return _with_order(rows, orders, rows["label"])
     labels = pc.index_in(rows["label"], pa.array(plan.labels, pa.string()))
     return _with_order(rows, orders, labels)
 
@@ -298,12 +318,14 @@ def _place_failure(plan: Plan, sentence: str) -> pa.Table:
     schema = raw_schema(plan.layout)
     row = {"id": sentence, "problem": sentence}
     rows = pa.table({field.name: pa.array([row.get(field.name)], field.type) for field in schema})
-    return _with_order(rows, [FAILED], pa.array([None], pa.int32()))
+    targets = plan.layout.targets
+    label = label_type(targets) if targets else pa.int32()
+    return _with_order(rows, [FAILED], pa.array([None], label))
 
 
 def _with_order(rows: pa.Table, orders: list[int], labels: pa.Array) -> pa.Table:
     label = rows.schema.get_field_index("label")
-    placed = rows.set_column(label, pa.field("label", pa.int32()), labels)
+    placed = rows.set_column(label, pa.field("label", labels.type), labels)
     return placed.drop_columns(["object"]).append_column("order", pa.array(orders, pa.int64()))
 
 
@@ -345,11 +367,14 @@ def _write(plan: Plan, block: pa.Table) -> Outcome:
     sound = stored is not None and stored.size == len(data) and holds(plan.store, key, sha256)
     etag = stored.etag if stored and sound else plan.store.write(key, data)
     shard = Shard(key, split, rows.num_rows, len(data), sha256, footer, groups, etag)
+    labels = label_values(rows["label"]).reshape(rows.num_rows, -1)
+    is_class, is_training = not plan.layout.targets, split == "train"
     return {
         "shard": asdict(shard),
         "schema": {field.name: str(field.type) for field in rows.schema},
-        "labels": Counter(rows["label"].to_pylist()),
-        "statistics": measure(plan.layout, rows) if split == "train" else None,
+        "labels": Counter(labels[:, 0].tolist()) if is_class else {},
+        "targets": measure_numbers(labels) if is_training and not is_class else [],
+        "statistics": measure(plan.layout, rows) if is_training else None,
     }
 
 
@@ -406,7 +431,7 @@ def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str
     rejected = [outcome for outcome in outcomes if "bad" in outcome]
     bad = sum((Counter(outcome["bad"]) for outcome in rejected), Counter[str]())
     return {
-        "source": source.store.uri,
+        "source": source.uri,
         "format": source.form,
         "objects": len(source.entries),
         "objects_ignored": source.ignored,
@@ -414,7 +439,15 @@ def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str
         "rows_bad": bad.total(),
         "problems": dict(bad),
         "examples": [example for outcome in rejected for example in outcome["examples"]],
+        "rows_by_split": _count_splits(outcomes),
         "rows_by_class": _count_classes(survey, outcomes),
+    }
+
+
+def _count_splits(outcomes: list[Outcome]) -> dict[str, int]:
+    shards = [outcome["shard"] for outcome in outcomes if "shard" in outcome]
+    return {
+        split: sum(shard["rows"] for shard in shards if shard["split"] == split) for split in SPLITS
     }
 
 
@@ -430,11 +463,13 @@ def _refuse(store: Store, spec: RunSpec, report: dict[str, Any], key: str) -> No
     """Refuse data with too many bad rows, whose report then lies at `key`, or without a use."""
     if report["rows_bad"] > spec.data.max_bad_rows:
         store.write(key, _to_bytes(report))
-        named = "; ".join(f"{row}: {problem}" for row, problem in report["examples"][:3])
+        examples = report["examples"]
+        named = "; ".join(f"{row}: {problem}" for row, problem in examples[:3])
+        share = "all" if len(examples) == report["rows_bad"] else f"the first {len(examples):,}"
         raise HeliostatError(
             f"{report['rows_bad']:,} of {report['rows_read']:,} rows under {report['source']} "
             f"cannot be used and data.max_bad_rows is {spec.data.max_bad_rows}: {named} "
-            f"(all are named in {store.uri}/{key})"
+            f"({share} are named in {store.uri}/{key})"
         )
     unseen = [label for label, rows in report["rows_by_class"].items() if not any(rows.values())]
     if unseen:
@@ -442,7 +477,7 @@ def _refuse(store: Store, spec: RunSpec, report: dict[str, Any], key: str) -> No
             f"the class {unseen[0]!r} under {report['source']} has no row that can be used: "
             "mend or remove it"
         )
-    if not any(rows["train"] for rows in report["rows_by_class"].values()):
+    if not report["rows_by_split"]["train"]:
         raise HeliostatError(
             f"of {report['rows_read']:,} rows under {report['source']} none fell into the training "
             "split: give more rows, or lower data.split.validation and data.split.test"
@@ -456,19 +491,18 @@ def _assemble(
     shards = tuple(shard_from_json(outcome["shard"]) for outcome in written)
     statistics = [outcome["statistics"] for outcome in written if outcome["statistics"]]
     features, notes = settle_features(survey.layout, statistics, spec.data)
-    unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
-    if unseen:
-        notes.append(f"classes without a training row: {', '.join(unseen)}")
+    output, label_notes = _settle_output(survey, written, report)
+    notes += label_notes
     for note in notes:
         print(note, flush=True)
     unversioned = Manifest(
         name=spec.name,
         version="",
-        source=source.store.uri,
+        source=source.uri,
         format=source.form,
         schema=written[0]["schema"],
-        output=Classes(survey.labels),
-        rows={split: sum(s.rows for s in shards if s.split == split) for split in SPLITS},
+        output=output,
+        rows=report["rows_by_split"],
         features=features,
         shards=shards,
         spec=spec.data.model_dump(mode="json"),
@@ -476,6 +510,16 @@ def _assemble(
         | {"notes": [*survey.notes, *notes]},
     )
     return replace(unversioned, version=content_version(unversioned))
+
+
+def _settle_output(
+    survey: Survey, written: list[Outcome], report: dict[str, Any]
+) -> tuple[Output, list[str]]:
+    if targets := survey.layout.targets:
+        return settle_numbers(targets, [o["targets"] for o in written if o["targets"]])
+    unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
+    notes = [f"classes without a training row: {', '.join(unseen)}"] if unseen else []
+    return Classes(survey.labels), notes
 
 
 def _publish(store: Store, manifest: Manifest, report: dict[str, Any], fingerprint: str) -> None:

@@ -4,19 +4,31 @@ import hashlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.data.features import IMAGE, Columns, Features, ImageFeatures, NumericColumn
+from heliostat.data.features import (
+    COLUMN_PREFIX,
+    IMAGE,
+    NUMBERS,
+    SERIES,
+    Columns,
+    Features,
+    ImageFeatures,
+    NumericColumn,
+    SeriesFeatures,
+    stack_series,
+)
 from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
 from heliostat.data.ranged import RangedFile
 from heliostat.errors import HeliostatError
 from heliostat.spec import SplitSpec
 from heliostat.storage import Store
 
-COLUMN_PREFIX = "x."
 WEIGHT = "weight"  # of rows whose loss has more than one term, as the tokens of a text
 ORDER_BITS = 60
 REJECTED = len(SPLITS) << ORDER_BITS
@@ -83,7 +95,7 @@ def write_shard(table: pa.Table, rows_per_group: int) -> tuple[bytes, Span, tupl
     )
 
 
-def read_group(store: Store, shard: Shard, index: int, verify: bool = True) -> pa.Table:
+def read_group(store: Store, shard: Shard, index: int) -> pa.Table:
     """The rows of one row group, from one ranged read of the footer and one of the group.
 
     Raises:
@@ -91,8 +103,8 @@ def read_group(store: Store, shard: Shard, index: int, verify: bool = True) -> p
     """
     group = shard.groups[index]
     part = f"row group {index}"
-    footer = _read_footer(store, shard.key, shard.footer, verify)  # type: ignore[arg-type]
-    data = _read_span(store, shard.key, Span(group.offset, group.bytes, group.sha256), part, verify)
+    footer = _read_footer(store, shard.key, shard.footer)  # type: ignore[arg-type]
+    data = _read_span(store, shard.key, Span(group.offset, group.bytes, group.sha256), part)
     source = RangedFile(shard.bytes, partial(_cut, data, group.offset))
     return pq.ParquetFile(source, metadata=footer, pre_buffer=False).read_row_group(index)
 
@@ -102,22 +114,57 @@ def to_columns(features: Features, table: pa.Table) -> Columns:
     if isinstance(features, ImageFeatures):
         shape = (-1, features.height, features.width, features.channels)
         return {IMAGE: image_bytes(table).reshape(shape)}
-    return {
-        column.name: table[COLUMN_PREFIX + column.name].to_numpy(zero_copy_only=False)
-        if isinstance(column, NumericColumn)
-        else np.array(table[COLUMN_PREFIX + column.name].to_pylist(), dtype=object)
+    if isinstance(features, SeriesFeatures):
+        return {SERIES: stack_series(series_values(table, features.channels))}
+    texts = {
+        name: table[name].to_numpy(zero_copy_only=False)
         for column in features.columns
+        if not isinstance(column, NumericColumn)
+        for name in [COLUMN_PREFIX + column.name]
     }
+    if not features.numeric:
+        return texts
+    numbers = row_bytes(table, NUMBERS).view(np.float64)
+    kept = np.delete(numbers, features.unused, axis=1) if features.unused else numbers
+    return {NUMBERS: kept, **texts}
 
 
-def image_bytes(table: pa.Table) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+def label_values(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Labels as numbers: (rows,) of int32 or float64, or float64 (rows, names)."""
+    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+        return cast(npt.NDArray[Any], column.to_numpy())
+    values = column.combine_chunks().flatten().to_numpy()
+    return cast(npt.NDArray[Any], values.reshape(len(column), -1) if len(column) else values)
+
+
+def series_values(table: pa.Table, channels: int) -> list[npt.NDArray[np.float32]]:
+    """Each row of a shard as (steps, channels)."""
+    column = table[SERIES].combine_chunks()
+    values = column.flatten().to_numpy()
+    ends = np.cumsum(column.value_lengths().to_numpy())
+    return [part.reshape(-1, channels) for part in np.split(values, ends[:-1])] if len(ends) else []
+
+
+def image_bytes(table: pa.Table) -> npt.NDArray[np.uint8]:
     """The pixels of a shard's rows, (rows, height * width * channels), without a copy if it can."""
-    column = table[IMAGE].combine_chunks()
+    return row_bytes(table, IMAGE)
+
+
+def row_bytes(table: pa.Table, name: str) -> npt.NDArray[np.uint8]:
+    """A column of bytes as (rows, bytes of a row), without a copy if it can."""
+    column = table[name].combine_chunks()
     width = column.type.byte_width
     if not len(column):
         return np.empty((0, width), np.uint8)
     pixels = np.frombuffer(column.buffers()[1], np.uint8)
     return pixels[column.offset * width :][: len(column) * width].reshape(len(column), width)
+
+
+def pack_rows(numbers: npt.NDArray[np.float64]) -> pa.Array:
+    """(rows, columns) as one column of bytes."""
+    rows, columns = numbers.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(numbers, "<f8"))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * columns), rows, buffers)
 
 
 def _hash(row_id: str, seed: int) -> tuple[int, int]:
@@ -142,16 +189,16 @@ def _span(data: bytes, offset: int, length: int) -> Span:
 
 
 @lru_cache(maxsize=256)
-def _read_footer(store: Store, key: str, footer: Span, verify: bool) -> pq.FileMetaData:
-    return pq.read_metadata(pa.BufferReader(_read_span(store, key, footer, "footer", verify)))
+def _read_footer(store: Store, key: str, footer: Span) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(_read_span(store, key, footer, "footer")))
 
 
-def _read_span(store: Store, key: str, span: Span, part: str, verify: bool) -> bytes:
+def _read_span(store: Store, key: str, span: Span, part: str) -> bytes:
     try:
         data = store.read_range(key, span.offset, span.bytes)
     except HeliostatError as error:
         raise HeliostatError(f"{part} of a shard cannot be read: {error}") from error
-    if verify and hashlib.sha256(data).hexdigest() != span.sha256:
+    if hashlib.sha256(data).hexdigest() != span.sha256:
         raise HeliostatError(
             f"the bytes of {part} of {store.uri}/{key} are not those that were written: "
             "delete the object and prepare the data again"

@@ -15,7 +15,8 @@ import ray.data
 
 from heliostat.data.manifest import Manifest, Shard
 from heliostat.data.order import Chunk, Order, share
-from heliostat.data.shards import WEIGHT, read_group, to_columns
+from heliostat.data.shards import WEIGHT, label_values, read_group, to_columns
+from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
 
@@ -25,6 +26,7 @@ CHUNK_BYTES = 32 << 20
 CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
 CHUNKS_KEPT = 8
 CHUNKS_AHEAD = 2
+PARALLEL_READS = 4
 
 Columns = Mapping[str, npt.NDArray[Any]]
 
@@ -52,10 +54,11 @@ def plan(manifest: Manifest, split: str, global_batch: int, seed: int) -> Order:
 
 
 def read_split(store: Store, manifest: Manifest, split: str, batch: int) -> Iterator[Columns]:
-    """Every row of `split` once, in stored order, as columns of up to `batch` rows."""
+    """Every row of `split` once, as columns of up to `batch` rows."""
     groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
     if not groups:
         return
+    say_if_waiting(cpus=1)
     configure(ray.data.DataContext.get_current())
 
     def read(rows: pa.Table) -> pa.Table:
@@ -115,7 +118,8 @@ class ChunkReader:
         count = min(CHUNKS_PER_PIPELINE, self._stop - first)
 
         def read_chunk(chunk: Chunk) -> pa.Table:
-            tables = [read_group(store, *groups[group]) for group in chunk.groups]
+            with ThreadPoolExecutor(PARALLEL_READS) as threads:
+                tables = list(threads.map(lambda g: read_group(store, *groups[g]), chunk.groups))
             return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
 
         def read(rows: pa.Table) -> pa.Table:
@@ -161,6 +165,32 @@ def iter_shares(
             whole = rows.take(count)
             table = whole.slice(mine.start, mine.stop - mine.start)
             yield Share(_columns(manifest, table), mine.start, count, _weigh(whole))
+
+
+def iter_part(
+    store: Store, manifest: Manifest, split: str, *, rank: int, world_size: int, batch: int
+) -> Iterator[Share]:
+    """The rows of `split` that `rank` looks at, up to `batch` at a time, read without Ray.
+
+    All ranks together see each row once, and each has as many batches: the last ones may be empty.
+    """
+    groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
+    parts = [groups[other::world_size] for other in range(world_size)]
+    counts = [sum(-(-shard.groups[i].rows // batch) for shard, i in part) for part in parts]
+    empty = None
+    for shard, index in parts[rank]:
+        table = read_group(store, shard, index)
+        empty = table.slice(0, 0)
+        for first in range(0, table.num_rows, batch):
+            yield _share(manifest, table.slice(first, batch))
+    if empty is None:
+        empty = read_group(store, *groups[0]).slice(0, 0)
+    for _ in range(max(counts) - counts[rank]):
+        yield _share(manifest, empty)
+
+
+def _share(manifest: Manifest, rows: pa.Table) -> Share:
+    return Share(_columns(manifest, rows), 0, rows.num_rows, _weigh(rows))
 
 
 class _Sequence:
@@ -209,7 +239,7 @@ def _weigh(rows: pa.Table) -> int:
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:
-    return {**to_columns(manifest.features, table), "label": table["label"].to_numpy()}
+    return {**to_columns(manifest.features, table), "label": label_values(table["label"])}
 
 
 def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:

@@ -8,11 +8,13 @@ from pydantic_core import from_json, to_json
 
 from heliostat.data.features import (
     IMAGE,
-    CategoryColumn,
+    MAX_SERVED_PIXELS,
     Columns,
     Features,
     FieldError,
     ImageFeatures,
+    NumericColumn,
+    SeriesFeatures,
     decode_image,
     parse_instances,
 )
@@ -57,7 +59,8 @@ def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
     if kind not in IMAGE_TYPES:
         raise Refusal(415, f"send {JSON_TYPE}, {' or '.join(IMAGE_TYPES)}")
     try:
-        pixels = decode_image(body, features.height, features.width, features.channels)
+        size = features.height, features.width, features.channels
+        pixels = decode_image(body, *size, MAX_SERVED_PIXELS)
     except ValueError as error:
         raise Refusal(422, f"the body is {error}", "body") from error
     return {IMAGE: pixels[np.newaxis]}
@@ -111,8 +114,10 @@ def zero_instance(features: Features) -> object:
     if isinstance(features, ImageFeatures):
         shape = (features.height, features.width, features.channels)
         return np.zeros(shape[:2] if features.channels == 1 else shape).tolist()
+    if isinstance(features, SeriesFeatures):
+        return [[0.0] * features.channels]
     return {
-        column.name: None if isinstance(column, CategoryColumn) else 0.0
+        column.name: 0.0 if isinstance(column, NumericColumn) else None
         for column in features.columns
     }
 

@@ -45,7 +45,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step is made: `rate` is the learning rate by step, `micro_batch` rows at a time."""
+    """How a step is made: `rate` is the learning rate by step, `micro_batch` rows at a time.
+
+    `ask` is called once a step on each rank and its numbers are summed over all: so that all act at
+    the same step on what one of them saw.
+    """
 
     rate: Callable[[int], float]
     seed: int = 0
@@ -55,13 +59,15 @@ class Recipe:
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
     )
+    ask: Callable[[], tuple[float, ...]] = tuple
 
 
 @dataclass(frozen=True)
 class StepReport:
     """One finished step over all ranks: `metrics` are means over the global batch, `loss` first.
 
-    `seconds` is the wall time since the step before, `wait_seconds` the part spent on its batch.
+    `seconds` is the wall time since it was asked for, `wait_seconds` the part spent on its batch.
+    `votes` are the sums of what each rank was asked by the recipe.
     """
 
     step: int
@@ -72,6 +78,7 @@ class StepReport:
     rate: float
     seconds: float
     wait_seconds: float
+    votes: tuple[float, ...] = ()
 
 
 def fit(
@@ -98,10 +105,11 @@ def fit(
         model.train()
         set_rate(optimizer, rate := recipe.rate(step))
         optimizer.zero_grad(set_to_none=True)
-        totals = _accumulate(model, task, batch, recipe, step, ranks)
+        collect = _accumulate(model, task, batch, recipe, step, ranks)
         recipe.scaler.unscale_(optimizer)
         grad_norm = _clip(model, recipe.clip_norm)
-        means = {name: total / (batch.weight * task.units) for name, total in totals().items()}
+        totals, votes = collect()
+        means = {name: total / (batch.weight * task.units) for name, total in totals.items()}
         _check(step, means["loss"], grad_norm, recipe)
         recipe.scaler.step(optimizer)
         recipe.scaler.update()
@@ -115,8 +123,9 @@ def fit(
             rate,
             seconds=ended - began,
             wait_seconds=received - began,
+            votes=votes,
         )
-        began = ended
+        began = time.perf_counter()
 
 
 @torch.no_grad()
@@ -124,31 +133,38 @@ def validate(
     model: nn.Module,
     task: Task,
     batches: Iterable[Batch],
+    recipe: Recipe,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Means of the loss and of what `task` counts over the batches of all ranks.
 
-    Here a batch is a rank's own: `weight` is that of its rows.
+    Here a batch is a rank's own and `weight` that of its rows; every rank has as many batches.
     """
     model.eval()
-    sums: dict[str, float] = {}
+    sums: list[dict[str, Tensor]] = []
     weight = 0
     for batch in batches:
-        outputs = model(*batch.inputs)
-        for name, total in _measure(task, outputs, batch.targets).items():
-            sums[name] = sums.get(name, 0.0) + total.item()
+        with recipe.autocast():
+            outputs = model(*batch.inputs)
+            sums.append(_measure(task, outputs, batch.targets))
         weight += batch.weight * task.units
-    totals = torch.tensor([weight, *sums.values()], dtype=torch.float64)
+    totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
+    totals = torch.cat([totals, totals.new_tensor([weight])])
     if ranks.world_size > 1:
         distributed.all_reduce(totals)
-    weight, *values = totals.tolist()
-    return {name: value / max(weight, 1) for name, value in zip(sums, values, strict=True)}
+    *values, whole = totals.tolist()
+    return {name: value / max(whole, 1) for name, value in zip(sums[0], values, strict=True)}
 
 
 def _accumulate(
-    model: nn.Module, task: Task, batch: Batch, recipe: Recipe, step: int, ranks: Ranks
-) -> Callable[[], dict[str, float]]:
-    """Forward and backward over all micro batches; how to get the sums over all ranks.
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    recipe: Recipe,
+    step: int,
+    ranks: Ranks,
+) -> Callable[[], tuple[dict[str, float], tuple[float, ...]]]:
+    """Forward and backward over all micro batches; how to get the sums and votes of all ranks.
 
     The sums travel while the backward pass runs. Every rank makes as many micro batches as the one
     with the most rows, else collectives of the model would wait for ever.
@@ -169,15 +185,17 @@ def _accumulate(
             sums.append({name: total.detach() for name, total in measured.items()})
             if last:
                 totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
+                totals = torch.cat([totals, totals.new_tensor(recipe.ask())])
                 work = (
                     distributed.all_reduce(totals, async_op=True) if ranks.world_size > 1 else None
                 )
             torch.autograd.backward(recipe.scaler.scale(measured["loss"] * scale))
 
-    def collect() -> dict[str, float]:
+    def collect() -> tuple[dict[str, float], tuple[float, ...]]:
         if work is not None:
             work.wait()
-        return dict(zip(sums[0], totals.tolist(), strict=True))
+        values = totals.tolist()
+        return dict(zip(sums[0], values, strict=False)), tuple(values[len(sums[0]) :])
 
     return collect
 
