@@ -146,6 +146,7 @@ def _work(rank: int, cases: list[Case], directory: Path, backend: str) -> None:
                 world_size=size,
                 timeout=TIMEOUT,
             )
-            seen |= {str(case): train_case(case, rank) for case in group}
+            for case in group:
+                seen[str(case)] = train_case(case, rank)
             distributed.destroy_process_group()
     (directory / f"{rank}.json").write_text(json.dumps(seen))

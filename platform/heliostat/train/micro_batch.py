@@ -106,9 +106,10 @@ def fit_micro_batch(
         torch.compiler.reset()
     if not rows:
         raise HeliostatError(
-            f"train.micro_batch=auto: a step of one of the {signature.input.describe()} does not "
-            f"fit the {there / GIB:.1f} GiB that are free: set train.recompute=true or "
-            "train.strategy=fsdp over more workers, or make the model smaller"
+            f"train.micro_batch=auto: a step of a single row (the data is "
+            f"{signature.input.describe()}) does not fit the {there / GIB:.1f} GiB that are free: "
+            "set train.recompute=true or train.strategy=fsdp over more workers, or make the model "
+            "smaller"
         )
     share = "a worker's whole share, " if rows == most else ""
     spare = 1 - measured[rows] / there
