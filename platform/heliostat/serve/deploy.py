@@ -156,10 +156,10 @@ def undo(store: Store, client: Serve, name: str, written: Table, before: Table) 
     try:
         change_table(store, partial(take_back, name=name, written=written, before=before))
         roll_out(store, client)
+        number = read_table(store).models.get(name)
     except HeliostatError as error:
         return f"and the cluster did not go back to what was served before ({error})"
-    previous = before.models.get(name)
-    return f"{name}:{previous} is still served" if previous else f"{name} is not served"
+    return f"{name}:{number} is still served" if number else f"{name} is not served"
 
 
 def check_root(store: Store, details: dict[str, Any]) -> None:
