@@ -19,6 +19,7 @@ from heliostat.hardware import peak_flops
 from heliostat.metrics import Sink
 from heliostat.models import build, count_parameters, task_of
 from heliostat.models.cost import measure_cost
+from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks
 from heliostat.spec import RunSpec
 from heliostat.train import checkpoint, goodput, loop, sharded
@@ -193,6 +194,8 @@ class _Worker:
         model = self._job.spec.model
         torch.manual_seed(self._train.seed)
         network = build(model, self._manifest.signature)
+        if model.init:
+            load_pretrained(network, model, self._manifest.signature)
         task = task_of(model, self._manifest.signature)
         world_size = self._ranks.world_size
         parallel = parallelize(network, task, self._train, self._place.device, world_size)
