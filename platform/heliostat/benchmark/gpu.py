@@ -58,7 +58,8 @@ def measure(
 ) -> Speed:
     """Train on one device for `steps` steps after the first ones, in which kernels are compiled."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    signature = Signature(Blocks(length, vocab, end=0), NextToken())
+    blocks = Blocks(length, vocab, end=0)
+    signature = Signature(blocks, NextToken())
     torch.manual_seed(train.seed)
     network = build(model, signature)
     parameters = count_parameters(network)
@@ -80,7 +81,7 @@ def measure(
         scaler=parallel.scaler,
     )
     batches = itertools.islice(
-        _make_batches(signature.input, train.global_batch, device), WARM_STEPS + steps
+        _make_batches(blocks, train.global_batch, device), WARM_STEPS + steps
     )
     seconds = []
     for report in loop.fit(parallel.model, parallel.task, optimizer, batches, recipe):
@@ -118,5 +119,5 @@ def _make_batches(blocks: Blocks, rows: int, device: torch.device) -> Iterator[l
     made = torch.randint(1, blocks.vocab, (BLOCKS, blocks.length), generator=generator).to(device)
     for step in itertools.count():
         tokens = made[torch.arange(step * rows, (step + 1) * rows, device=device) % BLOCKS]
-        # The loss has a term for every token that another follows, but the block's last: its weight.
+        # A row weighs as many terms as its loss has: one for each token but the last.
         yield loop.Batch((tokens,), tokens, 0, rows, weight=rows * (blocks.length - 1))

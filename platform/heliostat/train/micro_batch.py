@@ -178,7 +178,7 @@ def _measure_cuda(step: Callable[[], None]) -> int | None:
         step()
     except torch.cuda.OutOfMemoryError:
         return None
-    return torch.cuda.max_memory_reserved()
+    return int(torch.cuda.max_memory_reserved())
 
 
 def _measure_cpu(step: Callable[[], None]) -> int | None:
@@ -188,11 +188,11 @@ def _measure_cpu(step: Callable[[], None]) -> int | None:
     return meter.peak_bytes
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storage of every tensor that an operation makes, until it is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bytes: dict[int, int] = {}
         self._live_bytes = self.peak_bytes = 0
 
