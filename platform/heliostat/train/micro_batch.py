@@ -185,7 +185,7 @@ def _measure_cpu(step: Callable[[], None]) -> int | None:
     """Bytes of the tensors that were made and alive together at most."""
     with _Meter() as meter:
         step()
-    return meter.peak_bytes
+    return int(meter.peak_bytes)
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
