@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import spawn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 
 from heliostat.data.order import share
@@ -18,7 +18,8 @@ from heliostat.models import Task, build, task_of
 from heliostat.models.dropout import Dropout
 from heliostat.signature import Classes, Signature, Vector
 from heliostat.spec import MlpSpec, OptimizerSpec, TrainSpec
-from heliostat.train import loop
+from heliostat.train import loop, micro_batch
+from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer
 from heliostat.train.parallel import parallelize
 
@@ -29,7 +30,11 @@ MLP = MlpSpec(kind="mlp", hidden=(16, 5), dropout=0.2)
 TASK = task_of(MLP, SIGNATURE)
 ROWS = (8, 7, 2, 5, 1)
 OPTIMIZER = OptimizerSpec(kind="sgd", lr=0.1, momentum=0.9)
+ROOM_BYTES = 10**6
 CLIP_NORM, MICRO_BATCH, TIMEOUT = 0.5, 2, timedelta(seconds=60)
+
+
+Seen = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -124,20 +129,46 @@ def _follow(
     return [(step.metrics["loss"], step.grad_norm) for step in steps]
 
 
-def train_together(
-    cases: list[Case], directory: Path, backend: str = "aot_eager"
-) -> dict[str, list[tuple[float, float]]]:
-    """What rank 0 saw in each case; `backend` is what compiles: aot_eager needs no C++."""
+def search(room_bytes: int, world_size: int = 1) -> int:
+    """The micro batch that is found where `room_bytes` are free."""
+    micro_batch._AVAILABLE["cpu"] = lambda device: room_bytes
+    spec = TrainSpec(strategy="fsdp", global_batch=4096)
+    model = make_network("deep")
+    parallel = parallelize(model, TASK, spec, CPU, world_size)
+    optimizer = build_optimizer(OPTIMIZER, model)
+    found = fit_micro_batch(parallel, optimizer, SIGNATURE, spec, CPU, world_size=world_size)
+    return found.rows
+
+
+def overflow() -> tuple[float, float]:
+    """A gradient that is infinite in the part of rank 0 alone: a weight and the scale after it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model = nn.Linear(4, 4)
+    parallel = parallelize(model, TASK, TrainSpec(strategy="fsdp"), CPU, world_size=3)
+    optimizer = build_optimizer(OPTIMIZER, model)
+    scaler.scale(parallel.model(torch.ones(1, 4)).sum()).backward()
+    before = model.weight.full_tensor().clone()
+    if distributed.get_rank() == 0:
+        model.weight.grad.to_local()[0] = float("inf")
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    moved = model.weight.full_tensor() - before
+    return float(moved.abs().max()), scaler.get_scale()
+
+
+def train_together(cases: list[Case], directory: Path) -> list[Seen]:
+    """What each rank saw: of each case, and of the other collective laws."""
     world_size = max(case.world_size for case in cases)
-    spawn(_work, (cases, directory, backend), nprocs=world_size)  # type: ignore[no-untyped-call]
-    found: dict[str, list[tuple[float, float]]] = json.loads((directory / "0.json").read_text())
-    return found
+    multiprocessing.spawn(_work, (cases, directory), nprocs=world_size)
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _work(rank: int, cases: list[Case], directory: Path, backend: str) -> None:
+def _work(rank: int, cases: list[Case], directory: Path) -> None:
     torch.set_num_threads(1)
-    torch.compile = partial(torch.compile, backend=backend)
-    seen = {}
+    # The same capture of the same graphs without what takes longest, the C++ compiler.
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    seen: Seen = {}
     for size, group in itertools.groupby(cases, lambda case: case.world_size):
         if rank < size:
             distributed.init_process_group(
@@ -147,6 +178,9 @@ def _work(rank: int, cases: list[Case], directory: Path, backend: str) -> None:
                 world_size=size,
                 timeout=TIMEOUT,
             )
+            if size == 3:
+                seen["rows"] = search(ROOM_BYTES // (1 + rank), size)
+                seen["overflow"] = overflow()
             for case in group:
                 seen[str(case)] = train_case(case, rank)
             distributed.destroy_process_group()

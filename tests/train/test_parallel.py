@@ -5,8 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 import strategies
+from heliostat.errors import HeliostatError
+from heliostat.spec import TrainSpec
+from heliostat.train.parallel import parallelize
 from strategies import Case
 
 NETWORKS, STRATEGIES, PRECISIONS = ("mlp", "deep"), ("ddp", "fsdp"), ("fp32", "bf16", "fp16")
@@ -49,7 +53,7 @@ def plain() -> dict[str, list[tuple[float, float]]]:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[float, float]]]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[strategies.Seen]:
     return strategies.train_together(TOGETHER, tmp_path_factory.mktemp("ranks"))
 
 
@@ -63,10 +67,11 @@ def assert_same(
 @pytest.mark.parametrize("case", TOGETHER, ids=str)
 def test_workers_learn_what_one_process_learns(
     case: Case,
-    seen: dict[str, list[list[float]]],
+    seen: list[strategies.Seen],
     plain: dict[str, list[tuple[float, float]]],
 ) -> None:
-    assert_same(case, [(loss, norm) for loss, norm in seen[str(case)]], plain[case.network])
+    for rank in seen[: case.world_size]:
+        assert_same(case, [tuple(step) for step in rank[str(case)]], plain[case.network])
 
 
 @pytest.mark.parametrize("case", ALONE, ids=str)
@@ -74,3 +79,32 @@ def test_one_process_learns_the_same_by_every_name(
     case: Case, plain: dict[str, list[tuple[float, float]]]
 ) -> None:
     assert_same(case, strategies.train_case(case), plain[case.network])
+
+
+def test_workers_with_different_room_take_the_micro_batch_that_fits_all(
+    seen: list[strategies.Seen],
+) -> None:
+    rows = [rank["rows"] for rank in seen]
+    assert rows == [rows[0]] * 3
+    assert 1 <= rows[0] < strategies.search(strategies.ROOM_BYTES)
+
+
+def test_a_gradient_that_overflows_on_one_worker_is_skipped_by_all(
+    seen: list[strategies.Seen],
+) -> None:
+    assert [tuple(rank["overflow"]) for rank in seen] == [(0.0, 2.0)] * 3
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_nothing_that_is_applied_renames_a_parameter(network: str) -> None:
+    model = strategies.make_network(network)
+    names = list(model.state_dict())
+    spec = TrainSpec(recompute=True, compile=True, precision="bf16")
+    parallelize(model, strategies.TASK, spec, strategies.CPU)
+    assert list(model.state_dict()) == names
+
+
+def test_a_worker_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(HeliostatError, match="has no no-such-compiler: install one"):
+        parallelize(nn.Linear(2, 2), strategies.TASK, TrainSpec(compile=True), torch.device("cpu"))

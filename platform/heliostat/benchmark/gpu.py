@@ -17,8 +17,8 @@ from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer
 from heliostat.train.parallel import parallelize
 
-# About 0.8 B parameters, the shape of MosaicML's 760M with a SwiGLU: heads of 128.
-GPT = GptSpec(kind="gpt", layers=24, width=1536, heads=12)
+# 0.79 B parameters, heads of 128.
+GPT = GptSpec(kind="gpt", layers=26, width=1536, heads=12)
 LENGTH, VOCAB = 2048, 32_768
 TRAIN = TrainSpec(
     global_batch=16,
@@ -28,7 +28,7 @@ TRAIN = TrainSpec(
     precision="bf16",
     compile=True,
 )
-WARM_STEPS, BLOCKS = 5, 64
+WARM_STEPS, STEPS, BLOCKS = 5, 20, 64
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,12 @@ def measure(
     *,
     length: int = LENGTH,
     vocab: int = VOCAB,
-    steps: int = 20,
+    steps: int = STEPS,
     device: torch.device | None = None,
 ) -> Speed:
     """Train on one device for `steps` steps after the first ones, in which kernels are compiled."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blocks = Blocks(length, vocab, end=0)
-    signature = Signature(blocks, NextToken())
+    signature = Signature(Blocks(length, vocab, end=0), NextToken())
     torch.manual_seed(train.seed)
     network = build(model, signature)
     parameters = count_parameters(network)
@@ -67,12 +66,11 @@ def measure(
     token_flops = count_token_flops(parameters - embedding, model.layers, model.width, length)
     parallel = parallelize(network, task_of(model, signature), train, device)
     optimizer = build_optimizer(train.optimizer, network)
-    if train.micro_batch == "auto":
+    rows = train.micro_batch or train.global_batch
+    if rows == "auto":
         found = fit_micro_batch(parallel, optimizer, signature, train, device)
         print(found, flush=True)
         rows = found.rows
-    else:
-        rows = train.micro_batch or train.global_batch
     recipe = loop.Recipe(
         lambda step: train.optimizer.lr,
         micro_batch=rows,
@@ -81,7 +79,7 @@ def measure(
         scaler=parallel.scaler,
     )
     batches = itertools.islice(
-        _make_batches(blocks, train.global_batch, device), WARM_STEPS + steps
+        _make_batches(length, vocab, train.global_batch, device), WARM_STEPS + steps
     )
     seconds = []
     for report in loop.fit(parallel.model, parallel.task, optimizer, batches, recipe):
@@ -113,11 +111,11 @@ def describe(speed: Speed) -> dict[str, object]:
     return {"benchmark": "gpu", **asdict(speed)}
 
 
-def _make_batches(blocks: Blocks, rows: int, device: torch.device) -> Iterator[loop.Batch]:
+def _make_batches(length: int, vocab: int, rows: int, device: torch.device) -> Iterator[loop.Batch]:
     """Random tokens, never the end of a document: each block is one. The same few come again."""
     generator = torch.Generator().manual_seed(0)
-    made = torch.randint(1, blocks.vocab, (BLOCKS, blocks.length), generator=generator).to(device)
+    made = torch.randint(1, vocab, (BLOCKS, length), generator=generator).to(device)
     for step in itertools.count():
         tokens = made[torch.arange(step * rows, (step + 1) * rows, device=device) % BLOCKS]
-        # A row weighs as many terms as its loss has: one for each token but the last.
-        yield loop.Batch((tokens,), tokens, 0, rows, weight=rows * (blocks.length - 1))
+        # The loss has a term for every token but the last of a block: they are the batch's weight.
+        yield loop.Batch((tokens,), tokens, 0, rows, weight=rows * (length - 1))
