@@ -15,7 +15,6 @@ from heliostat import storage
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest, load_manifest
 from heliostat.errors import HeliostatError
-from heliostat.hardware import peak_flops
 from heliostat.metrics import Sink
 from heliostat.models import build, count_parameters, task_of
 from heliostat.models.cost import measure_cost
@@ -29,6 +28,7 @@ from heliostat.train.lease import raise_fence
 from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer, rate_at
 from heliostat.train.parallel import Parallel, parallelize
+from heliostat.train.peak import find_peak
 from heliostat.train.progress import Progress, Workload
 from heliostat.train.state import State
 from heliostat.train.stop import (
@@ -41,7 +41,7 @@ from heliostat.train.stop import (
     watched,
 )
 
-CURVE_POINTS = 1000
+CURVE_POINTS = 50  # of TensorBoard, between two checkpoints
 
 
 @dataclass(frozen=True)
@@ -234,13 +234,15 @@ class _Worker:
 
     def _open_progress(self) -> Progress:
         signature = self._manifest.signature
+        peak = find_peak(self._place.device, self._train.precision)
+        print(f"MFU is of {peak.render()}", flush=True)
         workload = Workload(
             self._job.steps,
             self._order.steps_per_epoch,
-            curve_steps=max(1, self._job.steps // CURVE_POINTS),
+            curve_steps=-(-self._train.checkpoint_steps // CURVE_POINTS),
             row_tokens=signature.input.length if isinstance(signature.input, Blocks) else 0,
             row_flops=self._count_row_flops(),
-            peak_flops=self._find_peak_flops(),
+            peak_flops=peak.flops * self._ranks.world_size,
         )
         return Progress(
             self._store,
@@ -258,13 +260,6 @@ class _Worker:
         except HeliostatError:
             return 0.0
         return cost.train_flops_per_sample
-
-    def _find_peak_flops(self) -> float:
-        device = self._place.device
-        if device.type != "cuda":
-            return 0.0
-        name = torch.cuda.get_device_name(device)
-        return self._ranks.world_size * (peak_flops(name, self._train.precision) or 0.0)
 
     def _fit(self) -> Iterator[loop.StepReport]:
         shares = stream.iter_shares(
