@@ -134,7 +134,7 @@ def test_whenever_a_writer_is_killed_a_whole_checkpoint_is_found(
         else:
             break
         fresh = make_state(1)
-        found = sharded.read_newest(connect(root), run, fresh)
+        found = sharded.read_newest(connect(root), run, fresh, warn=pytest.fail)
         assert found is not None
         assert same(whole(fresh), whole(before if found.step == 2 else state))
     assert last > 15
