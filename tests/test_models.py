@@ -71,7 +71,7 @@ CASES: dict[str, tuple[ModelSpec, Signature]] = {
         Signature(IMAGE, FOUR),
     ),
     "cnn-lenet": (LENET, Signature(Picture(3, 32, 32), TEN)),
-    "cnn-regression": (CnnSpec(kind="cnn", channels=(8,)), Signature(IMAGE, SPEED)),
+    "cnn-regression": (CnnSpec(kind="cnn", channels=(8,)), Signature(Picture(1, 9, 7), SPEED)),
     "gru": (RnnSpec(kind="rnn", width=16), Signature(SERIES, FOUR)),
     "gru-deep": (
         RnnSpec(kind="rnn", width=12, layers=2, bidirectional=True),
@@ -308,8 +308,11 @@ def test_the_cost_of_a_gpt_is_the_formula() -> None:
 @pytest.mark.parametrize(("cell", "gates"), [("gru", 3), ("lstm", 4)])
 def test_the_cost_of_a_long_series_is_the_formula(cell: Any, gates: int) -> None:
     spec = RnnSpec(kind="rnn", cell=cell, width=8)
-    cost = measure_cost(spec, Signature(Series(5000, 3), FOUR))
+    cost, less = (measure_cost(spec, Signature(Series(steps, 3), FOUR)) for steps in (5000, 4000))
     assert cost.flops_per_sample == 5000 * 2 * gates * 8 * (3 + 8) + 2 * 8 * 4
+    # Of a step the inputs are kept and seven tensors of the cell's width, in either cell.
+    kept = cost.activation_bytes_per_sample - less.activation_bytes_per_sample
+    assert kept == 1000 * 4 * (3 + 7 * 8)
 
 
 @pytest.mark.parametrize(
