@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from heliostat.errors import HeliostatError
-from heliostat.signature import Input, Numbers, Output, Picture, Vector
+from heliostat.signature import Blocks, Input, NextToken, Numbers, Output, Picture, Text, Vector
 
 Columns = dict[str, NDArray[Any]]
 Arrays = tuple[NDArray[Any], ...]
 
 IMAGE = "image"
+TOKENS = "tokens"
+TEXT = "text"
 MAX_PIXELS = 64_000_000
 MAX_NUMBER = 1e100  # so that squares and their sums are numbers too
 MAX_DEVIATIONS = 1e6  # so that any number is one in 32 bits, and stays one in a model
@@ -81,13 +83,42 @@ class TableFeatures:
     columns: tuple[NumericColumn | CategoryColumn, ...]
 
 
-Features = ImageFeatures | TableFeatures
+@dataclass(frozen=True)
+class BlockFeatures:
+    """Packed documents, each closed by `end`; `token_bytes` is the text's bytes per token id.
+
+    `tokenizer` is the SHA-256 of the tokenizer.json that made the tokens.
+    """
+
+    length: int
+    vocab: int
+    end: int
+    tokenizer: str
+    token_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Texts of up to `length` tokens of the tokenizer.json with this SHA-256."""
+
+    length: int
+    vocab: int
+    tokenizer: str
+
+
+Features = ImageFeatures | TableFeatures | BlockFeatures | TextFeatures
 
 
 def features_to_json(features: Features) -> dict[str, Any]:
-    """The features as plain JSON values."""
-    if isinstance(features, ImageFeatures):
-        return {"kind": "image", **asdict(features)}
+    """The features as plain JSON values; many numbers of tokens as base64 of 16 bits each."""
+    match features:
+        case ImageFeatures():
+            return {"kind": "image", **asdict(features)}
+        case BlockFeatures():
+            sizes = base64.b64encode(np.array(features.token_bytes, "<u2").tobytes()).decode()
+            return {"kind": "blocks", **asdict(features), "token_bytes": sizes}
+        case TextFeatures():
+            return {"kind": "text", **asdict(features)}
     return {
         "kind": "table",
         "columns": [
@@ -101,8 +132,14 @@ def features_to_json(features: Features) -> dict[str, Any]:
 def features_from_json(document: dict[str, Any]) -> Features:
     """The inverse of `features_to_json`."""
     fields = dict(document)
-    if fields.pop("kind") == "table":
-        return TableFeatures(tuple(map(_column_from_json, fields["columns"])))
+    match fields.pop("kind"):
+        case "table":
+            return TableFeatures(tuple(map(_column_from_json, fields["columns"])))
+        case "blocks":
+            sizes = np.frombuffer(base64.b64decode(fields["token_bytes"]), "<u2")
+            return BlockFeatures(**fields | {"token_bytes": tuple(sizes.tolist())})
+        case "text":
+            return TextFeatures(**fields)
     return ImageFeatures(**fields | {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
 
 
@@ -115,25 +152,46 @@ def _column_from_json(document: dict[str, Any]) -> NumericColumn | CategoryColum
 
 def input_of(features: Features) -> Input:
     """What a network gets of a row."""
-    if isinstance(features, ImageFeatures):
-        return Picture(features.channels, features.height, features.width)
+    match features:
+        case ImageFeatures():
+            return Picture(features.channels, features.height, features.width)
+        case BlockFeatures():
+            return Blocks(features.length, features.vocab, features.end)
+        case TextFeatures():
+            return Text(features.length, features.vocab)
     return Vector(sum(map(_column_width, features.columns)))
+
+
+def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
+    """How shards store tokens: in the smaller of the two types that holds them."""
+    return np.uint16 if vocab <= 2**16 else np.int32
 
 
 def encode(features: Features, columns: Columns) -> Arrays:
     """The arrays of `input_of(features)`, from columns as the shards hold them.
 
     An image column is (N, height, width, channels) in 0..255, a numeric column float64 with NaN
-    where missing, a category column objects: str, or None where missing.
+    where missing, a category column objects: str, or None where missing. Tokens are (N, length) or,
+    of single texts, objects: an array of ids each.
     """
-    if isinstance(features, ImageFeatures):
-        return (_encode_image(features, columns[IMAGE]),)
+    match features:
+        case ImageFeatures():
+            return (_encode_image(features, columns[IMAGE]),)
+        case BlockFeatures():
+            return (columns[TOKENS].astype(np.int64),)
+        case TextFeatures():
+            return _pad(columns[TOKENS])
     blocks = [_encode_column(column, columns[column.name]) for column in features.columns]
     return (np.concatenate(blocks, axis=1),)
 
 
 def encode_targets(output: Output, columns: Columns) -> NDArray[Any]:
-    """The targets of `output` from the column `label`: (N,) or, of numbers, (N, names)."""
+    """The targets of `output`: (N,) or, of numbers, (N, names) from the column `label`.
+
+    What follows a token is in the tokens themselves, (N, length).
+    """
+    if isinstance(output, NextToken):
+        return columns[TOKENS].astype(np.int64)
     label = columns["label"]
     if isinstance(output, Numbers):
         return np.asarray((label - output.mean) / np.array(output.std), np.float32)
@@ -144,15 +202,22 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
     """The columns that `encode` takes, from the JSON values of a request.
 
     An image is a nested list of numbers in 0..255 (height x width, and x channels if there are
-    several) or {"b64": a PNG or JPEG file}; a table row is an object of column: value.
+    several) or {"b64": a PNG or JPEG file}; a table row is an object of column: value. A text, or
+    {"text": a text}, becomes the column `text`: who has the tokenizer makes `tokens` of it.
 
     Raises:
         FieldError: a value that the model cannot take, by its path.
     """
     if not isinstance(instances, list) or not instances:
         raise FieldError("instances", "must be a list of at least one instance")
-    if isinstance(features, ImageFeatures):
-        return {IMAGE: _parse_images(features, instances)}
+    match features:
+        case ImageFeatures():
+            return {IMAGE: _parse_images(features, instances)}
+        case TextFeatures():
+            texts = [_parse_document(text, f"instances[{i}]") for i, text in enumerate(instances)]
+            return {TEXT: np.array(texts, dtype=object)}
+        case BlockFeatures():
+            raise FieldError("instances", "cannot be given: a language model is asked otherwise")
     return _parse_rows(features, instances)
 
 
@@ -220,6 +285,15 @@ def _encode_image(features: ImageFeatures, pixels: NDArray[Any]) -> NDArray[np.f
     scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
     normal = pixels.astype(np.float32) * scale + shift
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
+
+
+def _pad(rows: NDArray[Any]) -> Arrays:
+    """Token ids (N, T), 0 after the end of a row, and the lengths (N,)."""
+    lengths = np.fromiter(map(len, rows), np.int64, count=len(rows))
+    padded = np.zeros((len(rows), lengths.max(initial=1)), np.int64)
+    if len(rows):
+        padded[np.arange(padded.shape[1]) < lengths[:, np.newaxis]] = np.concatenate(rows)
+    return padded, lengths
 
 
 def _column_width(column: NumericColumn | CategoryColumn) -> int:
@@ -294,6 +368,16 @@ def _check_pixels(value: object, shape: tuple[int, ...], path: str) -> None:
 
 def _is_pixel(value: object) -> bool:
     return type(value) in (int, float) and 0 <= cast(float, value) <= 255
+
+
+def _parse_document(instance: object, path: str) -> str:
+    if isinstance(instance, dict) and set(instance) == {"text"}:
+        instance, path = instance["text"], f"{path}.text"
+    if not isinstance(instance, str):
+        raise FieldError(path, 'must be a text, or {"text": a text}')
+    if not instance.strip():
+        raise FieldError(path, "must not be empty")
+    return instance
 
 
 def _parse_rows(features: TableFeatures, instances: list[object]) -> Columns:

@@ -9,14 +9,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from heliostat.data.features import (
+    IMAGE,
+    TOKENS,
+    BlockFeatures,
     CategoryColumn,
     Features,
     ImageFeatures,
     NumericColumn,
     TableFeatures,
+    TextFeatures,
+    token_type,
 )
-from heliostat.data.raw import ImageLayout, Layout
-from heliostat.data.shards import COLUMN_PREFIX, image_bytes
+from heliostat.data.raw import ImageLayout, Layout, TextLayout
+from heliostat.data.shards import COLUMN_PREFIX, fixed_bytes
+from heliostat.data.tokens import Vocabulary, find_targets
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 
@@ -27,8 +33,10 @@ PART_ROWS = 1024 * 1024
 def measure(layout: Layout, rows: pa.Table) -> dict[str, Any]:
     """Sums over the rows of one shard that can be added up, the same on every machine."""
     if isinstance(layout, ImageLayout):
-        pixels = image_bytes(rows).reshape(-1, layout.channels)
+        pixels = fixed_bytes(rows, IMAGE).reshape(-1, layout.channels)
         return {"histograms": [_count_values(channel).tolist() for channel in pixels.T]}
+    if isinstance(layout, TextLayout):
+        return _measure_tokens(layout, rows)
     return {
         name: _measure_numbers(column) if kind == "numeric" else _measure_texts(column)
         for name, kind in layout.kinds.items()
@@ -41,6 +49,23 @@ def _count_values(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
     parts = range(0, len(pixels), PART_ROWS)
     counts = (np.bincount(pixels[start : start + PART_ROWS], minlength=256) for start in parts)
     return sum(counts, start=np.zeros(256, np.int64))
+
+
+def _measure_tokens(layout: TextLayout, rows: pa.Table) -> dict[str, Any]:
+    """How often each token is to be predicted, or how many texts fill a row."""
+    vocabulary = _known(layout)
+    if not layout.packed:
+        lengths = np.asarray(rows[TOKENS].combine_chunks().value_lengths())
+        return {"texts": len(lengths), "full": int((lengths == layout.block).sum())}
+    blocks = fixed_bytes(rows, TOKENS).view(token_type(vocabulary.size))
+    is_followed, following = find_targets(blocks, vocabulary.end)
+    counts = np.bincount(following[is_followed], minlength=vocabulary.size)
+    return {"counts": counts.tolist()}
+
+
+def _known(layout: TextLayout) -> Vocabulary:
+    assert layout.vocabulary is not None
+    return layout.vocabulary
 
 
 def _measure_numbers(column: pa.ChunkedArray) -> dict[str, Any]:
@@ -74,6 +99,8 @@ def settle_features(
     """
     if isinstance(layout, ImageLayout):
         return _settle_image(layout, statistics), []
+    if isinstance(layout, TextLayout):
+        return _settle_text(layout, statistics)
     columns, notes = [], []
     for name, kind in layout.kinds.items():
         parts = [part[name] for part in statistics]
@@ -84,6 +111,35 @@ def settle_features(
     if not columns:
         raise HeliostatError(f"no column of {data.source} carries anything: {'; '.join(notes)}")
     return TableFeatures(tuple(columns)), notes
+
+
+def unigram_nats(layout: Layout, statistics: list[dict[str, Any]]) -> float | None:
+    """The loss of a model that knows only how often each token occurs; None without tokens."""
+    if not isinstance(layout, TextLayout) or not layout.packed:
+        return None
+    counts = np.sum([part["counts"] for part in statistics], axis=0)
+    shares = counts[counts > 0] / counts.sum()
+    return math.fsum(-shares * np.log(shares))
+
+
+def _settle_text(
+    layout: TextLayout, statistics: list[dict[str, Any]]
+) -> tuple[Features, list[str]]:
+    known, length = _known(layout), layout.block
+    nats = unigram_nats(layout, statistics)
+    if nats is None:
+        texts, full = (sum(part[name] for part in statistics) for name in ("texts", "full"))
+        note = (
+            f"{full:,} of {texts:,} training texts fill {length} tokens - data.text.block cuts them"
+        )
+        return TextFeatures(length, known.size, known.sha256), [note] if full else []
+    total = sum(map(sum, (part["counts"] for part in statistics)))
+    note = (
+        f"unigram entropy {nats:.4f} nats per token - the loss of a model that knows only how "
+        f"often each of the {total:,} predicted training tokens occurs"
+    )
+    features = BlockFeatures(length, known.size, known.end, known.sha256, known.token_bytes)
+    return features, [note]
 
 
 def _settle_image(layout: ImageLayout, statistics: list[dict[str, Any]]) -> ImageFeatures:

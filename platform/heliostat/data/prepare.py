@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data.context import DataContext, ShuffleStrategy
 
-from heliostat.data import images, tables
+from heliostat.data import images, tables, text
 from heliostat.data.manifest import (
     SPLITS,
     Manifest,
@@ -35,12 +35,14 @@ from heliostat.data.manifest import (
     load_manifest,
     shard_from_json,
 )
-from heliostat.data.measure import measure, settle_features
+from heliostat.data.measure import measure, settle_features, unigram_nats
 from heliostat.data.raw import (
     Form,
+    Found,
     Layout,
     Source,
     Survey,
+    TextLayout,
     Unit,
     find_source,
     raw_schema,
@@ -53,8 +55,9 @@ from heliostat.data.shards import (
     split_at,
     write_shard,
 )
+from heliostat.data.tokens import store_tokenizer
 from heliostat.errors import HeliostatError
-from heliostat.signature import Classes, Numbers, Output
+from heliostat.signature import Classes, NextToken, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
 from heliostat.storage import Missing, Store, connect, probe
 
@@ -63,6 +66,7 @@ FORMS: dict[str, Form] = {
     "idx": images.IDX,
     "csv": tables.CSV,
     "parquet": tables.PARQUET,
+    "text": text.TEXTS,
 }
 CODE_FORMAT = 1
 MIB = 1024 * 1024
@@ -105,7 +109,7 @@ def prepare(spec: RunSpec) -> Manifest:
         print(f"already prepared: {manifest.name}@{manifest.version}", flush=True)
         return manifest
     with _ray_data():
-        survey = _survey(source, spec.data)
+        survey = _learn(store, source, _survey(source, spec.data), spec.data)
         outcomes = _write_shards(store, source, survey, spec)
     report = _report(source, survey, outcomes)
     _refuse(store, spec, report, data_key(spec.name, "inputs", f"{fingerprint}.refused.json"))
@@ -164,7 +168,10 @@ def _check_apart(source: Source, store: Store) -> None:
 def _fingerprint(source: Source, data: DataSpec) -> str:
     """The same for the same objects, the same data section and the same code."""
     listing = [[entry.key, entry.size, entry.etag] for entry in source.entries]
-    return digest([CODE_FORMAT, data.model_dump(mode="json"), listing])
+    parts = [CODE_FORMAT, data.model_dump(mode="json"), listing]
+    if source.form == "text" and data.text.tokenizer:
+        parts.append(text.read_vocabulary(data.text.tokenizer)[1].sha256)
+    return digest(parts)
 
 
 def _find_prepared(store: Store, name: str, fingerprint: str) -> Manifest | None:
@@ -208,24 +215,49 @@ def _from_units(units: list[Unit]) -> ray.data.Dataset:
 
 def _survey(source: Source, data: DataSpec) -> Survey:
     form = FORMS[source.form]
-    survey_units = partial(_survey_units, source.form, source.store, data)
-    found = _from_units(form.split(source)).map_batches(survey_units, batch_size=None)
-    results = [(row["found"], _checked(row["found"])) for row in found.iter_rows()]
-    survey = form.settle(source, [result for _, result in sorted(results, key=itemgetter(0))], data)
+    survey = form.settle(source, _ask(source, partial(_survey_unit, source.form, data)), data)
     for note in survey.notes:
         print(note, flush=True)
     return survey
 
 
-def _survey_units(
-    form: str, source: Store, data: DataSpec, batch: dict[str, Any]
+def _survey_unit(form: str, data: DataSpec, source: Store, unit: Unit) -> Found:
+    return FORMS[form].survey(source, unit, data)
+
+
+def _learn(store: Store, source: Source, survey: Survey, data: DataSpec) -> Survey:
+    """The survey of texts with their vocabulary, whose tokenizer is stored; any other as it is."""
+    layout = survey.layout
+    if not isinstance(layout, TextLayout):
+        return survey
+    if data.text.tokenizer:
+        written, vocabulary, note = text.read_vocabulary(data.text.tokenizer)
+    else:
+        found = _ask(source, partial(text.sample_unit, data, layout))
+        written, vocabulary, note = text.learn_vocabulary(found, layout, data)
+    store_tokenizer(store, written)
+    print(note, flush=True)
+    known = replace(layout, vocabulary=vocabulary)
+    return replace(survey, layout=known, notes=(*survey.notes, note))
+
+
+def _ask(source: Source, question: Callable[[Store, Unit], Found]) -> list[Found]:
+    """What `question` finds in each unit of the source, in an order that is always the same."""
+    units = _from_units(FORMS[source.form].split(source))
+    answers = units.map_batches(partial(_answer, source.store, question), batch_size=None)
+    found = [(row["found"], _checked(row["found"])) for row in answers.iter_rows()]
+    return [result for _, result in sorted(found, key=itemgetter(0))]
+
+
+def _answer(
+    source: Store, question: Callable[[Store, Unit], Found], batch: dict[str, Any]
 ) -> dict[str, list[str]]:
-    return {"found": [_survey_unit(form, source, data, json.loads(unit)) for unit in batch["unit"]]}
+    return {"found": [_answer_unit(source, question, json.loads(unit)) for unit in batch["unit"]]}
 
 
-def _survey_unit(form: str, source: Store, data: DataSpec, unit: Unit) -> str:
+def _answer_unit(source: Store, question: Callable[[Store, Unit], Found], unit: Unit) -> str:
     try:
-        return json.dumps(FORMS[form].survey(source, unit, data))
+        return json.dumps(question(source, unit))
     except HeliostatError as error:
         return json.dumps({"error": str(error)})
 
@@ -335,9 +367,10 @@ def _reject(plan: Plan, block: pa.Table) -> Outcome:
 def _write(plan: Plan, block: pa.Table) -> Outcome:
     """Write the shard of these rows if it is not there; its description and what it counts."""
     split = split_at(block["order"][0].as_py())
-    rows = block.drop_columns(["order", "problem"]).combine_chunks()
-    if rows["label"].null_count:
+    read = block.drop_columns(["order", "problem"]).combine_chunks()
+    if plan.labels and read["label"].null_count:
         raise HeliostatError(f"{plan.source.uri} was changed while it was read: prepare it again")
+    rows = FORMS[plan.form].finish(plan.store, plan.layout, read)
     data, footer, groups = write_shard(rows, plan.data.rows_per_group)
     sha256 = hashlib.sha256(data).hexdigest()
     key = data_key(plan.name, "shards", f"{sha256}.parquet")
@@ -348,7 +381,8 @@ def _write(plan: Plan, block: pa.Table) -> Outcome:
     return {
         "shard": asdict(shard),
         "schema": {field.name: str(field.type) for field in rows.schema},
-        "labels": Counter(rows["label"].to_pylist()),
+        "read": read.num_rows,
+        "labels": Counter(read["label"].to_pylist()) if plan.labels else {},
         "statistics": measure(plan.layout, rows) if split == "train" else None,
     }
 
@@ -402,7 +436,10 @@ def _progress(rows: int) -> Iterator[Any]:
 
 def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str, Any]:
     """What was read and what could not be used."""
-    kept = sum(outcome["shard"]["rows"] for outcome in outcomes if "shard" in outcome)
+    kept = Counter[str]()
+    for outcome in outcomes:
+        if "shard" in outcome:
+            kept[outcome["shard"]["split"]] += outcome["read"]
     rejected = [outcome for outcome in outcomes if "bad" in outcome]
     bad = sum((Counter(outcome["bad"]) for outcome in rejected), Counter[str]())
     return {
@@ -410,10 +447,11 @@ def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str
         "format": source.form,
         "objects": len(source.entries),
         "objects_ignored": source.ignored,
-        "rows_read": kept + bad.total(),
+        "rows_read": kept.total() + bad.total(),
         "rows_bad": bad.total(),
         "problems": dict(bad),
         "examples": [example for outcome in rejected for example in outcome["examples"]],
+        "rows_by_split": {split: kept[split] for split in SPLITS},
         "rows_by_class": _count_classes(survey, outcomes),
     }
 
@@ -442,7 +480,7 @@ def _refuse(store: Store, spec: RunSpec, report: dict[str, Any], key: str) -> No
             f"the class {unseen[0]!r} under {report['source']} has no row that can be used: "
             "mend or remove it"
         )
-    if not any(rows["train"] for rows in report["rows_by_class"].values()):
+    if not report["rows_by_split"]["train"]:
         raise HeliostatError(
             f"of {report['rows_read']:,} rows under {report['source']} none fell into the training "
             "split: give more rows, or lower data.split.validation and data.split.test"
@@ -456,6 +494,7 @@ def _assemble(
     shards = tuple(shard_from_json(outcome["shard"]) for outcome in written)
     statistics = [outcome["statistics"] for outcome in written if outcome["statistics"]]
     features, notes = settle_features(survey.layout, statistics, spec.data)
+    nats = unigram_nats(survey.layout, statistics)
     unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
     if unseen:
         notes.append(f"classes without a training row: {', '.join(unseen)}")
@@ -467,13 +506,14 @@ def _assemble(
         source=source.store.uri,
         format=source.form,
         schema=written[0]["schema"],
-        output=Classes(survey.labels),
+        output=Classes(survey.labels) if survey.labels else NextToken(),
         rows={split: sum(s.rows for s in shards if s.split == split) for split in SPLITS},
         features=features,
         shards=shards,
         spec=spec.data.model_dump(mode="json"),
         report={name: report[name] for name in ("rows_read", "rows_bad", "objects_ignored")}
-        | {"notes": [*survey.notes, *notes]},
+        | {"notes": [*survey.notes, *notes]}
+        | ({"unigram_nats": nats} if nats is not None else {}),
     )
     return replace(unversioned, version=content_version(unversioned))
 

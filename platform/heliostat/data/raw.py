@@ -11,8 +11,9 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from heliostat.data.features import IMAGE, parse_number
+from heliostat.data.features import IMAGE, TEXT, parse_number
 from heliostat.data.shards import COLUMN_PREFIX
+from heliostat.data.tokens import Vocabulary
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 from heliostat.storage import Entry, Store, connect
@@ -23,7 +24,10 @@ SUFFIXES = {
     "idx": re.compile(r"idx\d-ubyte(\.gz)?$", re.IGNORECASE),
     "csv": re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE),
     "parquet": re.compile(r"\.(parquet|pq)$", re.IGNORECASE),
+    "text": re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE),
 }
+FILES_PER_UNIT = 1024
+UNIT_BYTES = 32 * 1024 * 1024
 SURROGATES = re.compile(r"[\ud800-\udfff]")
 PARQUET_TYPES = {"numeric": pa.float64(), "category": pa.string()}
 RAW_COLUMNS = ("id", "object", "label", "problem")
@@ -69,7 +73,27 @@ class TableLayout:
         return {COLUMN_PREFIX + name: PARQUET_TYPES[kind] for name, kind in self.kinds.items()}
 
 
-Layout = ImageLayout | TableLayout
+@dataclass(frozen=True)
+class TextLayout:
+    """Texts: packed into blocks of `block` tokens, or one by one with a class and cut there.
+
+    Tables and lines of JSON have them in `column`, and their class in `label` if there is one; else
+    it is the folder. `sample` is the share of the training texts that `vocabulary` is learned from.
+    """
+
+    packed: bool
+    block: int
+    column: str
+    label: str | None
+    sample: float = 1.0
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def fields(self) -> dict[str, pa.DataType]:
+        return {TEXT: pa.large_string()}
+
+
+Layout = ImageLayout | TableLayout | TextLayout
 
 
 @dataclass(frozen=True)
@@ -88,12 +112,14 @@ class Form:
     """A raw form: work cut into units, a look at each unit, what follows, and the rows of a unit.
 
     `read` yields tables of `raw_rows`, every row of a unit once, those with a problem included.
+    `finish` makes the rows of a shard of those read for it, without a problem and in order.
     """
 
     split: Callable[[Source], list[Unit]]
     survey: Callable[[Store, Unit, DataSpec], Found]
     settle: Callable[[Source, list[Found], DataSpec], Survey]
     read: Callable[[Store, Unit, Any], Iterator[pa.Table]]
+    finish: Callable[[Store, Any, pa.Table], pa.Table] = lambda store, layout, rows: rows
 
 
 def find_source(data: DataSpec) -> Source:
@@ -155,6 +181,24 @@ def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def group_files(source: Source) -> list[Unit]:
+    """Files one after another, until there are enough of them or of their bytes."""
+    units: list[list[tuple[str, int]]] = [[]]
+    unit_bytes = 0
+    for entry in source.entries:
+        unit_bytes += entry.size
+        if len(units[-1]) == FILES_PER_UNIT or unit_bytes > UNIT_BYTES:
+            units.append([])
+            unit_bytes = entry.size
+        units[-1].append((entry.key, entry.size))
+    return [{"files": files} for files in units if files]
+
+
+def folder_of(key: str) -> str | None:
+    """The class of a file: the name of the folder that it lies in."""
+    return key.rpartition("/")[0].rpartition("/")[2] or None
+
+
 @contextmanager
 def open_raw(store: Store, key: str) -> Iterator[BinaryIO]:
     """An object as a stream, unpacked if its content is gzip.
@@ -196,6 +240,8 @@ def _choose_form(
     if data.format != "auto":
         return data.format, "as data.format says"
     found = {form: len(entries) for form, entries in by_form.items() if entries}
+    if len(found) > 1:
+        found.pop("text", None)  # a readme beside the data
     if len(found) == 1:
         form, count = found.popitem()
         return form, f"by the names of {count:,} of {len(visible):,} objects"
@@ -205,7 +251,7 @@ def _choose_form(
     suffixes = Counter(_suffix(entry.key) for entry in visible).most_common(5)
     counts = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
     raise HeliostatError(
-        f"{uri} holds no PNG, JPEG, IDX, CSV or Parquet files, but {counts}: "
+        f"{uri} holds no PNG, JPEG, IDX, CSV, Parquet or text files, but {counts}: "
         "set data.format if they are one of these under another name"
     )
 

@@ -9,7 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.data.features import IMAGE, Columns, Features, ImageFeatures, NumericColumn
+from heliostat.data.features import (
+    IMAGE,
+    TOKENS,
+    BlockFeatures,
+    Columns,
+    Features,
+    ImageFeatures,
+    NumericColumn,
+    TextFeatures,
+    token_type,
+)
 from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
 from heliostat.data.ranged import RangedFile
 from heliostat.errors import HeliostatError
@@ -101,7 +111,13 @@ def to_columns(features: Features, table: pa.Table) -> Columns:
     """The columns that `encode` takes, from rows of a shard."""
     if isinstance(features, ImageFeatures):
         shape = (-1, features.height, features.width, features.channels)
-        return {IMAGE: image_bytes(table).reshape(shape)}
+        return {IMAGE: fixed_bytes(table, IMAGE).reshape(shape)}
+    if isinstance(features, BlockFeatures):
+        return {TOKENS: fixed_bytes(table, TOKENS).view(token_type(features.vocab))}
+    if isinstance(features, TextFeatures):
+        rows = table[TOKENS].combine_chunks()
+        parts = np.split(rows.flatten().to_numpy(), np.cumsum(rows.value_lengths())[:-1])
+        return {TOKENS: np.fromiter(parts, dtype=object, count=len(rows))}
     return {
         column.name: table[COLUMN_PREFIX + column.name].to_numpy(zero_copy_only=False)
         if isinstance(column, NumericColumn)
@@ -110,14 +126,14 @@ def to_columns(features: Features, table: pa.Table) -> Columns:
     }
 
 
-def image_bytes(table: pa.Table) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """The pixels of a shard's rows, (rows, height * width * channels), without a copy if it can."""
-    column = table[IMAGE].combine_chunks()
+def fixed_bytes(table: pa.Table, name: str) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """A column of values of one width, (rows, bytes of a value), without a copy if it can."""
+    column = table[name].combine_chunks()
     width = column.type.byte_width
     if not len(column):
         return np.empty((0, width), np.uint8)
-    pixels = np.frombuffer(column.buffers()[1], np.uint8)
-    return pixels[column.offset * width :][: len(column) * width].reshape(len(column), width)
+    data = np.frombuffer(column.buffers()[1], np.uint8)
+    return data[column.offset * width :][: len(column) * width].reshape(len(column), width)
 
 
 def _hash(row_id: str, seed: int) -> tuple[int, int]:

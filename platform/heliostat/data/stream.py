@@ -26,6 +26,9 @@ CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
 CHUNKS_KEPT = 8
 CHUNKS_AHEAD = 2
 
+# What a text that is its own target lacks, and what only rows of several terms have.
+EXTRAS = ("label", WEIGHT)
+
 Columns = Mapping[str, npt.NDArray[Any]]
 
 
@@ -209,7 +212,8 @@ def _weigh(rows: pa.Table) -> int:
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:
-    return {**to_columns(manifest.features, table), "label": table["label"].to_numpy()}
+    columns = to_columns(manifest.features, table)
+    return columns | {name: table[name].to_numpy() for name in EXTRAS if name in table.column_names}
 
 
 def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:

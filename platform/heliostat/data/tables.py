@@ -133,7 +133,7 @@ def _describe_columns(kinds: dict[str, str], kept: dict[str, str]) -> Iterator[s
 def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
     """The rows of a batch in their final types; what cannot be used is named as a problem."""
     problems = list(batch.problems)
-    labels = _to_labels(batch.columns[layout.label])
+    labels = to_labels(batch.columns[layout.label])
     _mark(problems, labels.is_null(), "the label is missing")
     payload: dict[str, pa.Array] = {}
     for name, kind in layout.kinds.items():
@@ -170,7 +170,7 @@ def _number_text(value: float | None) -> str | None:
     return str(int(value)) if value.is_integer() else repr(value)
 
 
-def _to_labels(column: pa.Array) -> pa.Array:
+def to_labels(column: pa.Array) -> pa.Array:
     """Texts in which a whole number is written without a decimal point."""
     texts = _to_texts(column).to_pylist()
     whole = [text and (match := WHOLE_NUMBER.fullmatch(text)) and match[1] for text in texts]
@@ -204,7 +204,7 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
     """`labels` and those in `column`; it stops growing where they cannot be classes any more."""
     if len(labels) > MAX_LABELS:
         return labels
-    return labels | set(filter(None, pc.unique(_to_labels(column)).to_pylist()))
+    return labels | set(filter(None, pc.unique(to_labels(column)).to_pylist()))
 
 
 # --- CSV -----------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
 def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many values of each column there are, and how many of them are numbers."""
     rows, labels = 0, set[str]()
-    with _open_csv(store, unit["key"]) as (header, batches):
+    with open_csv(store, unit["key"]) as (header, batches):
         label = _check_label(header, data, f"{store.uri}/{unit['key']}")
         counts = {name: np.zeros(2, np.int64) for name in header}
         for batch in batches:
@@ -247,13 +247,13 @@ def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
 
 
 def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
-    with _open_csv(store, unit["key"]) as (_, batches):
+    with open_csv(store, unit["key"]) as (_, batches):
         for batch in batches:
             yield _clean(batch, unit["key"], layout)
 
 
 @contextmanager
-def _open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch]]]:
+def open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch]]]:
     """The names of the columns, and the rows below them as text."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with open_raw(store, key) as stream:
@@ -306,7 +306,7 @@ def _find_problem(line: list[str], fields: int) -> str | None:
 
 def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
     """Names and types of the columns; only the label's values are read."""
-    with _open_parquet(store, unit["key"]) as file:
+    with open_parquet(store, unit["key"]) as file:
         types = {field.name: _plain_type(field.type) for field in file.schema_arrow}
         place = f"{store.uri}/{unit['key']}"
         _check_names(file.schema_arrow.names, place)
@@ -338,7 +338,7 @@ def _settle_parquet(source: Source, found: list[Found], data: DataSpec) -> Surve
 def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
     names = [layout.label, *layout.kinds]
     start = 0
-    with _open_parquet(store, unit["key"]) as file:
+    with open_parquet(store, unit["key"]) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=names):
             rows = list(range(start, start := start + batch.num_rows))
             columns = {name: _plain(batch.column(name)) for name in names}
@@ -346,7 +346,7 @@ def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.
 
 
 @contextmanager
-def _open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
     entry = store.stat(key)
     try:
         stream = RangedFile(entry.size if entry else 0, partial(store.read_range, key))

@@ -18,7 +18,9 @@ from ray.serve.schema import LoggingConfig
 
 from heliostat import registry
 from heliostat.archive import store_code
+from heliostat.data.features import features_from_json
 from heliostat.errors import HeliostatError
+from heliostat.serve.protocol import zero_instance
 from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
 from heliostat.storage import Conflict, Missing, Store, connect
 
@@ -96,6 +98,7 @@ def deploy(spec: RunSpec) -> str:
     name = spec.name
     version = registry.resolve(store, reference(name, spec.deploy.version))
     registry.load_weights(store, version)
+    zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = ServeSubmissionClient(get_address_for_submission_client(None))
     check_root(store, client.get_serve_details())
     how = {"deploy": spec.deploy.model_copy(update={"version": None}), "code": store_code(store)}
