@@ -271,9 +271,9 @@ def test_a_readme_beside_data_of_another_form_is_no_text(read: Read, idx: Any) -
         ("not UTF-8 text", "bad.txt", b"a\xff"),
         ("empty", "bad.txt", b" \n\t"),
         ("not a whole gzip file", "bad.txt.gz", gzip.compress(b"abc" * 99)[:-9]),
-        ("a document of more than 16 MiB", "bad.txt", b"a" * (text.MAX_DOCUMENT_BYTES + 1)),
+        ("a document of more than 8 MiB", "bad.txt", b"a" * (text.MAX_DOCUMENT_BYTES + 1)),
         (
-            "a document of more than 16 MiB",
+            "a document of more than 8 MiB",
             "bad.txt.gz",
             gzip.compress(b"a" * (text.MAX_DOCUMENT_BYTES + 1)),
         ),

@@ -315,7 +315,7 @@ def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
             raise HeliostatError(f"the label {label} of {place} is neither a number nor a text")
         labels = set[str]()
         for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
-            labels = _distinct(labels, _plain(batch.column(label)))
+            labels = _distinct(labels, plain(batch.column(label)))
     return {
         "key": unit["key"],
         "types": {name: str(kind) for name, kind in types.items()},
@@ -341,7 +341,7 @@ def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.
     with open_parquet(store, unit["key"]) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=names):
             rows = list(range(start, start := start + batch.num_rows))
-            columns = {name: _plain(batch.column(name)) for name in names}
+            columns = {name: plain(batch.column(name)) for name in names}
             yield _clean(Batch(rows, [None] * len(rows), columns), unit["key"], layout)
 
 
@@ -362,7 +362,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _plain(column: pa.Array) -> pa.Array:
+def plain(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 

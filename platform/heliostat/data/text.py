@@ -32,7 +32,7 @@ from heliostat.data.raw import (
     sort_labels,
 )
 from heliostat.data.shards import ORDER_BITS, WEIGHT, order_of, split_at
-from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, to_labels
+from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, plain, to_labels
 from heliostat.data.tokens import (
     Vocabulary,
     describe_tokenizer,
@@ -48,7 +48,7 @@ from heliostat.spec import DataSpec
 from heliostat.storage import Store
 
 MIB = 1024 * 1024
-MAX_DOCUMENT_BYTES = 16 * MIB
+MAX_DOCUMENT_BYTES = 8 * MIB  # a task needs 120 times that to find its tokens
 MAX_LINE_BYTES = 6 * MAX_DOCUMENT_BYTES  # JSON may write a byte of text as \u0000
 SAMPLE_BYTES = 256 * MIB
 BATCH_BYTES = 16 * MIB
@@ -328,7 +328,7 @@ def _open_table(store: Store, key: str, names: list[str]) -> Iterator[Columns]:
             _check_names(names, file.schema_arrow.names, f"{store.uri}/{key}")
             parts = file.iter_batches(TABLE_ROWS, columns=names)
             yield (
-                ([None] * part.num_rows, {name: part.column(name) for name in names})
+                ([None] * part.num_rows, {name: plain(part.column(name)) for name in names})
                 for part in parts
             )
         return

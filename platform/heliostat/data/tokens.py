@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +20,7 @@ END = "<|end|>"
 # What others call the token that ends a document, where no tokenizer_config.json says it.
 OTHER_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 MIN_FREQUENCY = 2
-TEXTS_PER_CALL = 64
+CHARACTERS_PER_CALL = 2**21  # the tokenizer needs some 120 bytes for each
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 Ids = NDArray[np.int32]
@@ -149,8 +149,7 @@ def encode_texts(
     else:
         tokenizer.enable_truncation(length)
     ids: list[Ids] = []
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        part = list(texts[start : start + TEXTS_PER_CALL])
+    for part in _group(texts):
         encoded = tokenizer.encode_batch_fast(part, add_special_tokens=length is not None)
         ids += [np.array(text.ids or [0], np.int32) for text in encoded]
     return ids
@@ -177,6 +176,19 @@ def pack(documents: Sequence[Ids], length: int, end: int) -> tuple[Ids, list[tup
 def find_targets(blocks_NT: NDArray[Any], end: int) -> tuple[NDArray[np.bool_], NDArray[Any]]:
     """Which tokens (N, T - 1) are followed by one to predict, and what follows every token."""
     return blocks_NT[:, :-1] != end, blocks_NT[:, 1:]
+
+
+def _group(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in lists of at most CHARACTERS_PER_CALL, or of one text."""
+    part, size = list[str](), 0
+    for text in texts:
+        size += len(text)
+        if part and size > CHARACTERS_PER_CALL:
+            yield part
+            part, size = [], len(text)
+        part.append(text)
+    if part:
+        yield part
 
 
 def _key(digest: str) -> str:
