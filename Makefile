@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-faults check fix clean
+.PHONY: demo test test-faults check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -22,6 +22,9 @@ check: $(READY)
 fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+render: $(READY)
+	$(BIN)/python -m heliostat.dashboards dashboards
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

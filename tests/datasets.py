@@ -9,6 +9,7 @@ import pyarrow as pa
 from heliostat.data.features import ImageFeatures
 from heliostat.data.manifest import Manifest, Shard, content_version
 from heliostat.data.shards import write_shard
+from heliostat.signature import Classes
 from heliostat.storage import Store
 
 SIDE = 4
@@ -31,7 +32,7 @@ def store_images(
         source="raw/tiny",
         format="images",
         schema={"id": "string", "label": "int32", "image": f"uint8[{SIDE}x{SIDE}x1]"},
-        labels=("even", "odd"),
+        output=Classes(("even", "odd")),
         rows=rows,
         features=ImageFeatures(SIDE, SIDE, 1, (0.0,), (1 / 255,)),
         shards=tuple(shards),

@@ -44,7 +44,7 @@ def run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[
 def publish(root: Path) -> None:
     draft = registry.Draft(
         name="digits",
-        labels=("0", "1"),
+        output={},
         features={},
         spec={},
         data_name="digits",

@@ -32,14 +32,14 @@ SHARDS = [
     {"key": f"data/digits/shards/{c * 64}.parquet", "split": "train", "rows": 10, "sha256": c * 64}
     for c in "ab"
 ]
-MANIFEST = {"source": "s3://raw/digits", "rows": {"train": 20}, "shards": SHARDS, "labels": []}
+MANIFEST = {"source": "s3://raw/digits", "rows": {"train": 20}, "shards": SHARDS}
 
 
 def draft(**changes: Any) -> Draft:
     return replace(
         Draft(
             name="digits",
-            labels=("zero", "one"),
+            output={"kind": "classes", "labels": ["zero", "one"]},
             features={"kind": "table"},
             spec={"name": "digits"},
             data_name="digits",

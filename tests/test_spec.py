@@ -69,7 +69,8 @@ data = st.fixed_dictionaries(
 model = st.fixed_dictionaries(
     {"kind": st.just("mlp")}, optional={"hidden": st.lists(small), "dropout": st.floats(0, 1)}
 ) | st.fixed_dictionaries(
-    {"kind": st.just("cnn")}, optional={"channels": st.lists(small, min_size=1), "hidden": small}
+    {"kind": st.just("cnn")},
+    optional={"channels": st.lists(small, min_size=1), "hidden": st.lists(small)},
 )
 train = st.fixed_dictionaries(
     {},
@@ -126,7 +127,7 @@ WRONG: dict[str, list[Any]] = {
     "data": [None, "s3://raw", []],
     "data.source": [None, 5, {}],
     "data.format": ["xml", 1, None],
-    "data.label": [5, ["a"]],
+    "data.label": [5, [], ["a", 5]],
     "data.columns": [["a"], "a", {"mlp": "number"}, {"a": None}],
     "data.image_size": [28, "28", [28], [28, 28, 3], [0, 28], [1.5, 2]],
     "data.channels": [2, "1", 4],
@@ -134,7 +135,7 @@ WRONG: dict[str, list[Any]] = {
     "data.split.test": [True, 1.5, -0.1, "half", None, float("nan")],
     "data.seed": ["x", 0.5, None, -1, 2**64],
     "model": [None, "mlp", [], 3],
-    "model.kind": ["gpt", None, 5, ["mlp"], {}],
+    "model.kind": ["svm", None, 5, ["mlp"], {}],
     "model.hidden": [64, "64", [0], [1.5], None],
     "train": [None, [], "fast"],
     "train.run": ["a/b", 5, "A"],

@@ -13,6 +13,7 @@ from PIL import Image
 
 from heliostat.data.features import (
     CategoryColumn,
+    Features,
     FieldError,
     ImageFeatures,
     NumericColumn,
@@ -21,9 +22,10 @@ from heliostat.data.features import (
     encode,
     features_from_json,
     features_to_json,
-    input_shape,
+    input_of,
     parse_instances,
 )
+from heliostat.signature import Picture, Vector
 
 GREY = ImageFeatures(2, 3, 1, (0.25,), (0.5,))
 COLOUR = ImageFeatures(2, 2, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -42,6 +44,15 @@ JSON_VALUES = st.recursive(
 )
 
 
+def shape_of(features: Features) -> tuple[int, ...]:
+    match input_of(features):
+        case Picture(channels, height, width):
+            return (channels, height, width)
+        case Vector(width):
+            return (width,)
+    raise AssertionError
+
+
 def as_file(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **options)
@@ -55,9 +66,9 @@ def test_features_survive_json(features: Any) -> None:
 
 def test_pixels_are_scaled_shifted_and_put_channel_first() -> None:
     pixels = np.arange(2 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 2, 3) * 10
-    inputs = encode(COLOUR, {"image": pixels})
+    (inputs,) = encode(COLOUR, {"image": pixels})
     assert inputs.dtype == np.float32
-    assert inputs.shape == (2, *input_shape(COLOUR))
+    assert inputs.shape == (2, *shape_of(COLOUR))
     for channel, (mean, std) in enumerate(zip(COLOUR.mean, COLOUR.std, strict=True)):
         expected = (pixels[..., channel] / 255 - mean) / std
         np.testing.assert_allclose(inputs[:, channel], expected, rtol=1e-5, atol=1e-6)
@@ -69,29 +80,30 @@ def test_table_rows_become_numbers_indicators_and_slots() -> None:
         "hours": np.array([8.0, 12.0]),
         "town": np.array(["Ulm", None], dtype=object),
     }
-    inputs = encode(TABLE, columns)
-    assert inputs.shape == (2, *input_shape(TABLE))
+    (inputs,) = encode(TABLE, columns)
+    assert inputs.shape == (2, *shape_of(TABLE))
     assert inputs.tolist() == [[1, 0, 0, 0, 1, 0], [0, 1, 2, 0, 0, 1]]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
 def test_a_row_is_encoded_alike_in_every_batch(numbers: list[float]) -> None:
     column = TableFeatures((NumericColumn("x", 3.0, 7.0, has_missing=True),))
-    together = encode(column, {"x": np.array(numbers)})
-    alone = [encode(column, {"x": np.array([number])})[0] for number in numbers]
+    (together,) = encode(column, {"x": np.array(numbers)})
+    alone = [encode(column, {"x": np.array([number])})[0][0] for number in numbers]
     assert (together == alone).all()
 
 
 def test_requests_give_the_columns_of_the_shards() -> None:
     rows: list[object] = [{"age": 50, "hours": 8.0, "town": " Ulm "}, {"hours": 12, "town": "?"}]
     parsed = parse_instances(TABLE, rows)
-    assert encode(TABLE, parsed).tolist() == [[1, 0, 0, 0, 1, 0], [0, 1, 2, 0, 0, 1]]
+    assert encode(TABLE, parsed)[0].tolist() == [[1, 0, 0, 0, 1, 0], [0, 1, 2, 0, 0, 1]]
 
     stored = np.array(GREY_PIXELS, np.uint8).reshape(1, 2, 3, 1)
     file = as_file(Image.fromarray(stored[0, :, :, 0]))
     instances: list[object] = [GREY_PIXELS, {"b64": base64.b64encode(file).decode()}]
-    inputs = encode(GREY, parse_instances(GREY, instances))
-    np.testing.assert_array_equal(inputs, encode(GREY, {"image": np.repeat(stored, 2, axis=0)}))
+    (inputs,) = encode(GREY, parse_instances(GREY, instances))
+    (twice,) = encode(GREY, {"image": np.repeat(stored, 2, axis=0)})
+    np.testing.assert_array_equal(inputs, twice)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +146,10 @@ def test_a_value_that_cannot_be_taken_is_named(features: Any, instances: Any, fi
 @given(st.sampled_from([GREY, COLOUR, TABLE]), st.lists(JSON_VALUES, max_size=3))
 def test_any_json_is_taken_or_refused_by_field(features: Any, instances: list[object]) -> None:
     try:
-        inputs = encode(features, parse_instances(features, instances))
+        (inputs,) = encode(features, parse_instances(features, instances))
     except FieldError:
         return
-    assert inputs.shape == (len(instances), *input_shape(features))
+    assert inputs.shape == (len(instances), *shape_of(features))
     assert np.isfinite(inputs).all()
 
 
@@ -146,7 +158,7 @@ def test_every_number_is_an_input_that_a_model_can_take(
     number: float, mean: float, std: float
 ) -> None:
     features = TableFeatures((NumericColumn("x", mean, std, has_missing=False),))
-    inputs = encode(features, parse_instances(features, [{"x": number}]))
+    (inputs,) = encode(features, parse_instances(features, [{"x": number}]))
     assert abs(inputs).max() <= 1e6
 
 

@@ -51,7 +51,7 @@ def test_pixels_are_measured_exactly(images: list[bytes], cut: int) -> None:
     np.testing.assert_allclose(features.mean, pixels.mean(axis=0))
     deviations = pixels.std(axis=0)
     np.testing.assert_allclose(features.std, np.where(deviations < 1e-9, 1, deviations))
-    inputs = encode(features, to_columns(features, image_rows(images)))
+    (inputs,) = encode(features, to_columns(features, image_rows(images)))
     np.testing.assert_allclose(inputs.mean(axis=(0, 2, 3)), 0, atol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_numbers_become_mean_0_and_deviation_1(numbers: list[float | None], cut:
     assert column.has_missing == (None in numbers)
     constant = len(set(known)) == 1
     assert any("has only the value" in note for note in notes) == constant
-    inputs = encode(features, to_columns(features, rows))[:, 0]
+    inputs = encode(features, to_columns(features, rows))[0][:, 0]
     assert column.std == pytest.approx(1 if constant else np.std(known), rel=1e-6)
     assert abs(inputs).max() == 0 if constant else inputs.any()
 
@@ -85,7 +85,7 @@ def test_the_most_frequent_texts_are_kept_and_the_rest_share_an_input() -> None:
         "column c: 2 rarer values share one input, as data.max_categories is 2",
     ]
     columns = {"c": np.array(["c", "b", None], dtype=object)}
-    assert encode(features, columns).tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]
+    assert encode(features, columns)[0].tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]
 
 
 def test_a_column_that_says_nothing_is_dropped() -> None:

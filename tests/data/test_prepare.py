@@ -15,6 +15,7 @@ from heliostat.data.manifest import Manifest, Shard, check_shards, load_manifest
 from heliostat.data.prepare import prepare, require_prepared, summarise
 from heliostat.data.shards import order_of, read_group, split_of, to_columns, write_shard
 from heliostat.errors import HeliostatError
+from heliostat.signature import Classes
 from heliostat.spec import RunSpec, parse
 from heliostat.storage import Entry, Store, connect
 
@@ -80,7 +81,7 @@ def test_every_row_is_in_one_shard_in_the_order_of_its_hash_whatever_the_paralle
         seen += numbers
     assert sorted(seen) == list(range(rows))
 
-    inputs = encode(
+    (inputs,) = encode(
         manifest.features, to_columns(manifest.features, read_shards(store, manifest, "train"))
     )
     assert (inputs.mean(), inputs.std()) == pytest.approx((0, 1), abs=1e-4)
@@ -109,7 +110,7 @@ def test_preparing_again_writes_nothing_new(
     with pytest.raises(HeliostatError, match=r"1 of 41 rows .*max_bad_rows is 0: b c/broken.png"):
         prepare(make_spec(bucket))
     manifest = prepare(spec)
-    assert manifest.labels == ("b c", "ä")
+    assert manifest.output == Classes(("b c", "ä"))
     assert sum(manifest.rows.values()) == 40
     assert "1 bad rows of 41" in summarise(manifest)
     report = json.loads(store.read(f"data/tiny/{manifest.version}/report.json"))

@@ -45,7 +45,7 @@ def train_batches(
     batches = []
     for shares in zip(*ranks, strict=True):
         rows = [number for share in shares for number in row_numbers(share.columns["image"])]
-        assert {share.global_rows for share in shares} == {len(rows)}
+        assert {share.rows for share in shares} == {len(rows)}
         batches.append(rows)
     return batches
 

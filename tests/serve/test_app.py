@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,15 +20,17 @@ from heliostat.data.features import (
     NumericColumn,
     TableFeatures,
     features_to_json,
-    input_shape,
+    input_of,
 )
-from heliostat.evaluate import predict_probabilities
-from heliostat.models import build
+from heliostat.evaluate import Predictor, predict
+from heliostat.models import build, task_of
 from heliostat.registry import Version
 from heliostat.serve.app import Limits, Served, build_app
+from heliostat.signature import Classes, Signature, output_to_json
 from heliostat.spec import MlpSpec
 
 LABELS = ("no", "yes", "perhaps")
+OUTPUT = Classes(LABELS)
 IMAGE = ImageFeatures(4, 4, 1, (0.5,), (0.25,))
 TABLE = TableFeatures(
     (NumericColumn("age", 40.0, 10.0, True), CategoryColumn("job", ("cook", "smith")))
@@ -43,7 +46,7 @@ def serve(name: str, features: Features, number: int = 3) -> Served:
         name=name,
         number=number,
         created="2026-01-01T00:00:00+00:00",
-        labels=LABELS,
+        output=output_to_json(OUTPUT),
         features=features_to_json(features),
         spec={},
         data_name=name,
@@ -55,8 +58,13 @@ def serve(name: str, features: Features, number: int = 3) -> Served:
         weights_sha256="0" * 64,
         weights_bytes=0,
     )
-    model = build(MlpSpec(kind="mlp", hidden=(8,)), input_shape(features), len(LABELS))
-    return Served(version, features, model.eval())
+    model, signature = MlpSpec(kind="mlp", hidden=(8,)), Signature(input_of(features), OUTPUT)
+    network = build(model, signature).eval()
+    return Served(version, Predictor(network, task_of(model, signature), features, OUTPUT))
+
+
+def change(served: Served, network: torch.nn.Module) -> Served:
+    return replace(served, predictor=replace(served.predictor, network=network))
 
 
 MODELS = {"shapes": serve("shapes", IMAGE), "people": serve("people", TABLE)}
@@ -107,7 +115,7 @@ def test_http_answers_equal_the_offline_predictions(
     }[name]
     answer = client.post(f"/v1/models/{name}:predict", json=document).json()
     served = [list(p["probabilities"].values()) for p in answer["predictions"]]
-    offline = predict_probabilities(MODELS[name].model, MODELS[name].features, columns)
+    offline = predict(MODELS[name].predictor, columns)
     assert np.array_equal(np.array(served, dtype=np.float32), offline)
     assert [p["class"] for p in answer["predictions"]] == [LABELS[i] for i in offline.argmax(1)]
     assert (answer["model"], answer["version"]) == (name, 3)
@@ -158,7 +166,7 @@ def test_an_overflow_inside_the_model_is_the_fault_of_the_row() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.full((len(x), len(LABELS)), torch.inf)
 
-    overflowing = Served(MODELS["people"].version, TABLE, Overflowing())
+    overflowing = change(MODELS["people"], Overflowing())
     response = Client(build_app({"people": overflowing}, LIMITS)).post(
         "/v1/models/people:predict", json=ROWS
     )
@@ -257,7 +265,7 @@ def test_a_bug_is_500_and_tells_nothing() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("secret")
 
-    broken = Served(MODELS["shapes"].version, IMAGE, Broken())
+    broken = change(MODELS["shapes"], Broken())
     client = Client(build_app({"shapes": broken}, LIMITS))
     response = client.post("/v1/models/shapes:predict", json=IMAGES)
     assert response.status_code == 500

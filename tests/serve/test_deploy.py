@@ -26,9 +26,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 from heliostat import registry
-from heliostat.data.features import ImageFeatures, features_to_json, input_shape
+from heliostat.data.features import ImageFeatures, features_to_json, input_of
 from heliostat.errors import HeliostatError
-from heliostat.evaluate import load_model, predict_probabilities
+from heliostat.evaluate import load_predictor, predict
 from heliostat.local import Cluster
 from heliostat.models import build
 from heliostat.serve.deploy import (
@@ -40,6 +40,7 @@ from heliostat.serve.deploy import (
     replace_model,
     take_back,
 )
+from heliostat.signature import Classes, Signature, output_to_json
 from heliostat.spec import RunSpec, dump, parse
 from heliostat.storage import Store, connect
 
@@ -68,10 +69,10 @@ def publish(store: Store, seed: int, name: str = "digits") -> registry.Version:
     """A version with random weights."""
     torch.manual_seed(seed)
     spec = make_spec(store.uri, name)
-    model = build(spec.model, input_shape(FEATURES), len(LABELS))
+    model = build(spec.model, Signature(input_of(FEATURES), Classes(LABELS)))
     draft = registry.Draft(
         name=name,
-        labels=LABELS,
+        output=output_to_json(Classes(LABELS)),
         features=features_to_json(FEATURES),
         spec=dump(spec),
         data_name=name,
@@ -94,8 +95,8 @@ def publish_misfit(store: Store) -> registry.Version:
 
 
 def predict_offline(store: Store, ref: str) -> np.ndarray[Any, Any]:
-    model = load_model(store, registry.resolve(store, ref))
-    return predict_probabilities(model, FEATURES, {"image": PIXELS[..., np.newaxis]})
+    predictor = load_predictor(store, registry.resolve(store, ref))
+    return predict(predictor, {"image": PIXELS[..., np.newaxis]})
 
 
 def predict_online(url: str) -> tuple[int, np.ndarray[Any, Any]]:

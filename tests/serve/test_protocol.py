@@ -24,6 +24,7 @@ from heliostat.serve.protocol import (
     render_predictions,
     zero_instance,
 )
+from heliostat.signature import Classes
 
 GREY = ImageFeatures(2, 3, 1, (0.5,), (0.25,))
 COLOUR = ImageFeatures(2, 3, 3, (0.5,) * 3, (0.25,) * 3)
@@ -142,7 +143,7 @@ def test_a_broken_image_file_is_422() -> None:
 
 def test_an_answer_gives_each_probability_exactly() -> None:
     probabilities = np.array([[0.1, 0.9], [0.7, 0.3]], dtype=np.float32)
-    answer = json.loads(render_predictions("digits", 3, ("no", "yes"), probabilities))
+    answer = json.loads(render_predictions("digits", 3, Classes(("no", "yes")), probabilities))
     assert (answer["model"], answer["version"]) == ("digits", 3)
     assert [p["class"] for p in answer["predictions"]] == ["yes", "no"]
     for row, prediction in zip(probabilities, answer["predictions"], strict=True):
@@ -155,7 +156,7 @@ def test_an_answer_gives_each_probability_exactly() -> None:
 def test_a_row_that_overflows_the_model_is_422() -> None:
     probabilities = np.array([[0.5, 0.5], [np.nan, np.nan]], dtype=np.float32)
     with pytest.raises(Refusal) as refusal:
-        render_predictions("digits", 3, ("no", "yes"), probabilities)
+        render_predictions("digits", 3, Classes(("no", "yes")), probabilities)
     assert (refusal.value.status, refusal.value.field) == (422, "instances[1]")
 
 

@@ -25,6 +25,7 @@ CHUNK_BYTES = 32 << 20
 CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
 CHUNKS_KEPT = 8
 CHUNKS_AHEAD = 2
+PARALLEL_READS = 4
 
 # What a text that is its own target lacks, and what only rows of several terms have.
 EXTRAS = ("label", WEIGHT)
@@ -59,7 +60,7 @@ def read_split(store: Store, manifest: Manifest, split: str, batch: int) -> Iter
     groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
     if not groups:
         return
-    _configure(ray.data.DataContext.get_current())
+    configure(ray.data.DataContext.get_current())
 
     def read(rows: pa.Table) -> pa.Table:
         return _told(lambda: read_group(store, *groups[rows["id"][0].as_py()]))
@@ -88,7 +89,7 @@ class ChunkReader:
         self._kept: dict[int, list[ray.ObjectRef]] = {}
         self._next = 0
         context = ray.data.DataContext.get_current()
-        _configure(context)
+        configure(context)
         context.target_max_block_size = None
         context.execution_options.preserve_order = True
 
@@ -118,7 +119,8 @@ class ChunkReader:
         count = min(CHUNKS_PER_PIPELINE, self._stop - first)
 
         def read_chunk(chunk: Chunk) -> pa.Table:
-            tables = [read_group(store, *groups[group]) for group in chunk.groups]
+            with ThreadPoolExecutor(PARALLEL_READS) as threads:
+                tables = list(threads.map(lambda g: read_group(store, *groups[g]), chunk.groups))
             return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
 
         def read(rows: pa.Table) -> pa.Table:
@@ -164,6 +166,32 @@ def iter_shares(
             whole = rows.take(count)
             table = whole.slice(mine.start, mine.stop - mine.start)
             yield Share(_columns(manifest, table), mine.start, count, _weigh(whole))
+
+
+def iter_part(
+    store: Store, manifest: Manifest, split: str, *, rank: int, world_size: int, batch: int
+) -> Iterator[Share]:
+    """The rows of `split` that `rank` looks at, up to `batch` at a time, read without Ray.
+
+    All ranks together see each row once, and each has as many batches: the last ones may be empty.
+    """
+    groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
+    parts = [groups[other::world_size] for other in range(world_size)]
+    counts = [sum(-(-shard.groups[i].rows // batch) for shard, i in part) for part in parts]
+    empty = None
+    for shard, index in parts[rank]:
+        table = read_group(store, shard, index)
+        empty = table.slice(0, 0)
+        for first in range(0, table.num_rows, batch):
+            yield _share(manifest, table.slice(first, batch))
+    if empty is None:
+        empty = read_group(store, *groups[0]).slice(0, 0)
+    for _ in range(max(counts) - counts[rank]):
+        yield _share(manifest, empty)
+
+
+def _share(manifest: Manifest, rows: pa.Table) -> Share:
+    return Share(_columns(manifest, rows), 0, rows.num_rows, _weigh(rows))
 
 
 class _Sequence:
@@ -222,7 +250,7 @@ def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:
             yield shard, index, group
 
 
-def _configure(context: ray.data.DataContext) -> None:
+def configure(context: ray.data.DataContext) -> None:
     """Say nothing about a pipeline in the job's log: the stage reports its own progress."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -47,6 +47,11 @@ def probabilities(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=1)
 
 
+def choose(logits: Tensor) -> Tensor:
+    """The likeliest class of each row, (N,); probabilities would round small differences away."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+
+
 # --- Classes -------------------------------------------------------------------------------------
 
 
@@ -125,7 +130,7 @@ class ClassCounter:
         self._confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
 
     def add(self, outputs: Tensor, targets: Tensor, loss: float) -> None:
-        predicted = probabilities(outputs).argmax(dim=1)
+        predicted = choose(outputs)
         np.add.at(self._confusion, (targets.numpy(), predicted.numpy()), 1)
         self._loss += loss
 

@@ -7,10 +7,13 @@ from torch import nn
 
 from heliostat.errors import HeliostatError
 from heliostat.models.cnn import build_cnn
+from heliostat.models.custom import build_custom, with_loss
 from heliostat.models.mlp import build_mlp
+from heliostat.models.recsys import build_recsys
+from heliostat.models.rnn import build_rnn
 from heliostat.models.tasks import Task, choose_task
-from heliostat.signature import Signature
-from heliostat.spec import ModelSpec
+from heliostat.signature import Blocks, Input, Interaction, Picture, Series, Signature, Text, Vector
+from heliostat.spec import CustomSpec, ModelSpec
 
 __all__ = ["MODELS", "Task", "build", "count_parameters", "task_of"]
 
@@ -18,6 +21,19 @@ __all__ = ["MODELS", "Task", "build", "count_parameters", "task_of"]
 MODELS: dict[str, Callable[[Any, Signature, int], nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
+    "rnn": build_rnn,
+    "recsys": build_recsys,
+    "custom": build_custom,
+}
+
+# The families that take an input, the usual one first; a user's own network takes any.
+SUITED: dict[type[Input], tuple[str, ...]] = {
+    Vector: ("mlp",),
+    Picture: ("cnn", "mlp"),
+    Series: ("rnn",),
+    Text: ("encoder", "rnn"),
+    Blocks: ("gpt",),
+    Interaction: ("recsys",),
 }
 
 
@@ -27,6 +43,12 @@ def build(model: ModelSpec, signature: Signature) -> nn.Module:
     Raises:
         HeliostatError: the family cannot take such an input or predict such an output.
     """
+    suited = SUITED[type(signature.input)]
+    if model.kind not in (*suited, "custom"):
+        raise HeliostatError(
+            f"model.kind={model.kind} cannot take {signature.input.describe()}: "
+            f"use model.kind={' or '.join(suited)}"
+        )
     return MODELS[model.kind](model, signature, task_of(model, signature).width)
 
 
@@ -34,8 +56,11 @@ def task_of(model: ModelSpec, signature: Signature) -> Task:
     """What such a model is trained for on such data.
 
     Raises:
-        HeliostatError: the loss that the model section names does not fit the data.
+        HeliostatError: the loss that the model section names does not fit the data, or is not
+            found.
     """
+    if isinstance(model, CustomSpec):
+        return with_loss(model, choose_task(signature))
     try:
         return choose_task(signature, getattr(model, "loss", None) or "auto")
     except ValueError as error:

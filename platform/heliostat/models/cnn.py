@@ -16,14 +16,10 @@ def build_cnn(spec: CnnSpec, signature: Signature, width: int) -> nn.Module:
     """One stage for each of `spec.channels`: a block, plain or residual, and a halving.
 
     Raises:
-        HeliostatError: the input is not an image, or too small for that many stages.
+        HeliostatError: the image is too small for that many stages.
     """
-    if not isinstance(signature.input, Picture):
-        raise HeliostatError(
-            f"model.kind=cnn needs images, the data is {signature.input.describe()}: "
-            "use another model.kind"
-        )
     picture = signature.input
+    assert isinstance(picture, Picture)
     height, image_width = picture.height, picture.width
     layers: list[nn.Module] = []
     for stage, (channels_in, channels_out) in enumerate(

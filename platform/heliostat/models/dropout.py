@@ -1,5 +1,6 @@
 """Dropout whose noise belongs to the sample, not to the worker or the micro batch it lands in."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ class Dropout(nn.Module):
 
     def __init__(self, share: float) -> None:
         super().__init__()
-        self.share, self.salt = share, 0
+        self.share = share
         self.keys: Tensor | None = None
 
     def forward(self, x_N: Tensor) -> Tensor:
@@ -28,10 +29,11 @@ class Dropout(nn.Module):
             return x_N
         if self.keys is None:
             return nn.functional.dropout(x_N, self.share)
-        places = torch.arange(x_N[:1].numel(), device=x_N.device).view(1, *x_N.shape[1:])
-        keys = mix(self.keys + self.salt * _INCREMENT).view(-1, *[1] * (x_N.ndim - 1))
+        row = x_N.shape[1:]
+        places = torch.arange(math.prod(row), device=x_N.device).view(1, *row)
+        keys = self.keys.view(-1, *[1] * (x_N.ndim - 1))
         kept = mix(keys + places * _INCREMENT) & (2**_BITS - 1) >= int(self.share * 2**_BITS)
-        return torch.mul(x_N, kept / (1 - self.share))
+        return torch.mul(x_N, (kept / (1 - self.share)).to(x_N.dtype))
 
 
 @contextmanager
@@ -39,7 +41,8 @@ def key_samples(model: nn.Module, keys_N: Tensor) -> Iterator[None]:
     """Within, every `Dropout` of `model` draws for sample n from keys_N[n], int64."""
     layers = [module for module in model.modules() if isinstance(module, Dropout) and module.share]
     for salt, layer in enumerate(layers):
-        layer.salt, layer.keys = salt, keys_N
+        # As a tensor, because a Python product would not wrap around at 64 bits.
+        layer.keys = mix(keys_N + torch.tensor(salt) * _INCREMENT)
     try:
         yield
     finally:

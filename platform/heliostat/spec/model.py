@@ -4,10 +4,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from heliostat.spec.section import Fraction, Positive, PositiveFloat, Section
+from heliostat.spec.section import Positive, PositiveFloat, Section
 
 Widths = tuple[Positive, ...]
 SomeWidths = Annotated[Widths, Field(min_length=1)]
+# Below 1: a layer that drops everything leaves nothing to scale up.
+DropoutShare = Annotated[float, Field(ge=0, lt=1, strict=True)]
+FunctionName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$")]
 
 
 class FamilySpec(Section):
@@ -20,12 +23,23 @@ class ClassifierSpec(FamilySpec):
     """A family with a plain head; `bce` gives two classes one logit instead of two."""
 
     loss: Literal["auto", "cross_entropy", "bce"] = "auto"
-    dropout: Fraction = 0.0
+    dropout: DropoutShare = 0.0
 
 
-class MlpSpec(ClassifierSpec):
-    kind: Literal["mlp"]
+class LayersSpec(ClassifierSpec):
+    """Dropout stands after each of the `hidden` layers."""
+
     hidden: Widths = (128, 64)
+
+    @model_validator(mode="after")
+    def _dropout_has_its_layer(self) -> Self:
+        if self.dropout and not self.hidden:
+            raise ValueError("dropout stands after hidden layers, and hidden names none")
+        return self
+
+
+class MlpSpec(LayersSpec):
+    kind: Literal["mlp"]
 
 
 class CnnSpec(ClassifierSpec):
@@ -60,7 +74,7 @@ class TransformerSpec(FamilySpec):
     width: Positive = 256
     heads: Positive = 4
     ffn: Positive | None = None
-    dropout: Fraction = 0.0
+    dropout: DropoutShare = 0.0
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:
@@ -98,7 +112,7 @@ class GptSpec(TransformerSpec):
         return self
 
 
-class RecsysSpec(ClassifierSpec):
+class RecsysSpec(LayersSpec):
     """Embeddings of the id columns, their pairwise products, and an MLP over all of it."""
 
     kind: Literal["recsys"]
@@ -114,8 +128,8 @@ class CustomSpec(FamilySpec):
     """
 
     kind: Literal["custom"]
-    build: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    loss: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    build: FunctionName
+    loss: FunctionName | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -89,7 +89,8 @@ class TrainSpec(Section):
     """`workers` may be a range [fewest, most]: the run then shrinks and grows with the cluster.
 
     `global_batch` is the rows of one optimiser step over all workers; `micro_batch` the rows that
-    one worker has in flight, `auto` finds the largest that fits, None takes its whole share.
+    one worker has in flight, `auto` finds the largest that fits, None takes its whole share. A
+    worker that makes no step for `hang_seconds` says where it stands and is restarted.
     """
 
     run: str | None = None
@@ -114,6 +115,7 @@ class TrainSpec(Section):
     checkpoint_steps: Positive = 100
     keep_checkpoints: Annotated[int, Field(ge=2, strict=True)] = 2
     max_failures: Natural = 3
+    hang_seconds: PositiveFloat = 600
 
     @property
     def fewest_workers(self) -> int:

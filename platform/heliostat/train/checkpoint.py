@@ -1,125 +1,206 @@
-"""Checkpoints in the bucket: files, then a manifest of their hashes, then a commit marker.
+"""Checkpoints in the bucket: files, then a manifest of what they hold, then a commit marker.
 
-A checkpoint counts once `COMMITTED` exists and every hash verifies; until then it is invisible.
-Each attempt to write one has a directory of its own, so two writers never mix their files.
+A checkpoint counts once `COMMITTED` exists and names the hash of its manifest, which has the hash
+of every piece of every tensor; until then it is invisible. Each attempt to write one has a
+directory of its own, so two writers never mix their files.
 """
 
-import hashlib
 import json
+import math
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store
+from heliostat.train.pieces import Piece, hash_bytes
+
+Best = Literal["lower", "higher"]
+
+FORMAT = 1
+_DIRECTORY = re.compile(r"(?P<step>\d{8})-\d{6}-[0-9a-f]{8}")
+_MANIFEST, _COMMITTED = "manifest.json", "COMMITTED"
 
 
 class Corrupt(HeliostatError):
     """A committed checkpoint does not hold what was committed."""
 
 
-_DIRECTORY = re.compile(r"(?P<step>\d{8})-[0-9a-f]{8}")
-_MANIFEST, _COMMITTED = "manifest.json", "COMMITTED"
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a checkpoint: its type in the words of safetensors, and its pieces."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint whose every file was read and verified."""
+class Manifest:
+    """What a checkpoint holds: `files` by size in bytes, `extra` whatever JSON the run keeps.
+
+    `metric` is what retention ranks by. `fence` is the number of the writer, see `lease`.
+    """
+
+    step: int
+    fence: int
+    metric: float | None
+    extra: Mapping[str, Any]
+    files: Mapping[str, int]
+    tensors: Mapping[str, Stored]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attempt to write a checkpoint, as retention sees it."""
 
     key: str
     step: int
-    files: Mapping[str, bytes]
+    committed: bool
+    metric: float | None = None
 
 
-def save(store: Store, run: str, step: int, files: Mapping[str, bytes]) -> str:
-    """Write `files` as the checkpoint of `step` and commit it; returns its key.
+def make_key(run: str, step: int, fence: int = 0) -> str:
+    """The directory of a new attempt; of the same step, the one of the later writer sorts last."""
+    return f"{_prefix(run)}{step:08d}-{fence:06d}-{secrets.token_hex(4)}"
+
+
+def commit(store: Store, key: str, manifest: Manifest) -> None:
+    """Make the files that lie below `key` a checkpoint; they must all be written.
 
     Raises:
         HeliostatError: the bucket cannot be written; nothing is committed then.
     """
-    key = f"{_prefix(run)}{step:08d}-{secrets.token_hex(4)}"
-    for name, data in files.items():
-        store.write(f"{key}/{name}", data)
-    listing = {
-        name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in sorted(files.items())
-    }
-    manifest = json.dumps({"step": step, "files": listing}, indent=1).encode()
-    store.write(f"{key}/{_MANIFEST}", manifest)
-    store.create(f"{key}/{_COMMITTED}", _sha256(manifest).encode())
-    return key
+    document = {"format": FORMAT, **asdict(manifest)}
+    data = json.dumps(document).encode()
+    store.write(f"{key}/{_MANIFEST}", data)
+    store.create(f"{key}/{_COMMITTED}", hash_bytes(data).encode())
 
 
-def load_newest(
-    store: Store, run: str, warn: Callable[[str], None] = lambda _: None
-) -> Checkpoint | None:
-    """The committed checkpoint with the highest step that verifies, or None.
-
-    One that does not verify is passed over for the one before; `warn` gets a sentence why.
-    """
-    for key in committed(store, run):
-        try:
-            return load(store, key)
-        except Corrupt as error:
-            warn(f"passing over checkpoint {key}: {error}")
-    return None
-
-
-def load(store: Store, key: str) -> Checkpoint:
-    """The committed checkpoint at `key`, every file verified.
+def read_manifest(store: Store, key: str) -> Manifest:
+    """The manifest of a committed checkpoint, verified.
 
     Raises:
-        Corrupt: a file is missing or is not the one that was committed.
+        Corrupt: it is missing or is not the one that was committed.
+        HeliostatError: it is of another version of this format.
     """
-    manifest = _read(store, f"{key}/{_MANIFEST}")
-    if _sha256(manifest).encode() != _read(store, f"{key}/{_COMMITTED}"):
+    data = _read(store, f"{key}/{_MANIFEST}")
+    if hash_bytes(data).encode() != _read(store, f"{key}/{_COMMITTED}"):
         raise Corrupt(f"{_MANIFEST} is not the one that was committed")
-    document: dict[str, Any] = json.loads(manifest)
-    files = {
-        name: _verified(store, f"{key}/{name}", told) for name, told in document["files"].items()
-    }
-    return Checkpoint(key, document["step"], files)
+    document: dict[str, Any] = json.loads(data)
+    if (version := document.pop("format", None)) != FORMAT:
+        raise HeliostatError(
+            f"{key} is a checkpoint of format {version}, this version reads {FORMAT}: resume it "
+            "with the version that wrote it, or choose another train.run"
+        )
+    tensors = {name: _parse_stored(told) for name, told in document.pop("tensors").items()}
+    return Manifest(tensors=tensors, **document)
 
 
 def committed(store: Store, run: str) -> list[str]:
     """Keys of the committed checkpoints of `run`, the newest first."""
-    return [key for key, done in _directories(store, run) if done]
+    return [found.key for found in find(store, run) if found.committed]
 
 
-def retain(store: Store, run: str, keep: int) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and leftovers older than those.
-
-    The marker goes first, so a deletion that is interrupted leaves nothing half-visible.
-    """
-    directories = list(_directories(store, run))
-    kept = [key for key, done in directories if done][:keep]
-    if not kept:
-        return
-    for key, _ in directories:
-        if key not in kept and _step(key) <= _step(kept[0]):
-            store.delete(f"{key}/{_COMMITTED}")
-            for entry in list(store.list(f"{key}/")):
-                store.delete(entry.key)
-
-
-def _directories(store: Store, run: str) -> Iterator[tuple[str, bool]]:
-    """(key, committed) of every checkpoint directory of `run`, the highest step first."""
+def find(store: Store, run: str) -> list[Found]:
+    """Every attempt of `run`, the highest step first; their metrics are not read."""
     done: dict[str, bool] = {}
     for entry in store.list(_prefix(run)):
         key, _, name = entry.key.rpartition("/")
         if _DIRECTORY.fullmatch(key.rpartition("/")[2]):
             done[key] = done.get(key, False) or name == _COMMITTED
-    yield from sorted(done.items(), reverse=True)
+    return [Found(key, _step(key), done[key]) for key in sorted(done, reverse=True)]
 
 
-def _verified(store: Store, key: str, told: Mapping[str, Any]) -> bytes:
-    data = _read(store, key)
-    if len(data) != told["bytes"]:
-        raise Corrupt(f"{key} has {len(data)} bytes instead of {told['bytes']}")
-    if _sha256(data) != told["sha256"]:
-        raise Corrupt(f"{key} does not match its SHA-256")
-    return data
+def decide(attempts: Iterable[Found], keep: int, best: Best | None = None) -> list[Found]:
+    """Which attempts to delete once a checkpoint was committed.
+
+    Kept are the `keep` newest steps, the best by metric (of equals the newest), and what is not
+    committed but newer than all that is, which a writer may be at. Without a committed checkpoint
+    nothing is deleted.
+    """
+    attempts = list(attempts)
+    steps = sorted({found.step for found in attempts if found.committed}, reverse=True)
+    if not steps:
+        return []
+    kept = {*steps[:keep]}
+    winner = _find_best(attempts, best)
+    return [
+        found
+        for found in attempts
+        if (
+            found.step not in kept and found != winner
+            if found.committed
+            else found.step <= steps[0]
+        )
+    ]
+
+
+def retain(store: Store, run: str, keep: int, best: Best | None = None) -> None:
+    """Delete what `decide` says."""
+    attempts = find(store, run)
+    if best:
+        attempts = [replace(found, metric=_metric(store, found)) for found in attempts]
+    for found in decide(attempts, keep, best):
+        discard(store, found.key)
+
+
+def find_best(store: Store, run: str, best: Best) -> str | None:
+    """The key of the checkpoint with the best metric, None if none has one."""
+    attempts = [replace(found, metric=_metric(store, found)) for found in find(store, run)]
+    winner = _find_best(attempts, best)
+    return winner.key if winner else None
+
+
+def revoke(store: Store, key: str) -> None:
+    """Take the marker from a checkpoint that does not verify, so that it counts no more."""
+    store.delete(f"{key}/{_COMMITTED}")
+
+
+def collect(store: Store, run: str) -> list[str]:
+    """Delete every attempt of `run` that was not committed; their keys.
+
+    Only who has the run's lease may call it, before it begins to write.
+    """
+    leftovers = [found.key for found in find(store, run) if not found.committed]
+    for key in leftovers:
+        discard(store, key)
+    return leftovers
+
+
+def discard(store: Store, key: str) -> None:
+    """Delete an attempt, its marker first: an interruption leaves nothing half-visible."""
+    store.delete(f"{key}/{_COMMITTED}")
+    for entry in list(store.list(f"{key}/")):
+        store.delete(entry.key)
+
+
+def _find_best(attempts: Iterable[Found], best: Best | None) -> Found | None:
+    scored = [
+        (found.metric if best == "higher" else -found.metric, found.step, found.key, found)
+        for found in attempts
+        if found.committed and found.metric is not None and math.isfinite(found.metric)
+    ]
+    return max(scored)[-1] if scored and best else None
+
+
+def _metric(store: Store, found: Found) -> float | None:
+    if not found.committed:
+        return None
+    try:
+        return read_manifest(store, found.key).metric
+    except Corrupt:
+        return None
+
+
+def _parse_stored(told: Mapping[str, Any]) -> Stored:
+    pieces = [
+        Piece(**{**piece, "at": tuple(piece["at"]), "shape": tuple(piece["shape"])})
+        for piece in told["pieces"]
+    ]
+    return Stored(told["dtype"], tuple(told["shape"]), tuple(pieces))
 
 
 def _read(store: Store, key: str) -> bytes:
@@ -135,7 +216,3 @@ def _prefix(run: str) -> str:
 
 def _step(key: str) -> int:
     return int(key.rpartition("/")[2].partition("-")[0])
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -15,8 +15,7 @@ from heliostat.errors import HeliostatError
 from heliostat.models import Task
 from heliostat.models.dropout import key_samples, mix
 from heliostat.train.optim import set_rate
-
-Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+from heliostat.train.parallel import Autocast, synced
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class Recipe:
 class StepReport:
     """One finished step over all ranks: `metrics` are means over the global batch, `loss` first.
 
-    `seconds` is the wall time since the step before, `wait_seconds` the part spent on its batch.
+    `seconds` is the wall time since it was asked for, `wait_seconds` the part spent on its batch.
+    `votes` are the sums over all ranks of what each was asked by `fit`.
     """
 
     step: int
@@ -73,6 +73,11 @@ class StepReport:
     rate: float
     seconds: float
     wait_seconds: float
+    votes: tuple[float, ...] = ()
+
+
+def no_votes() -> tuple[float, ...]:
+    return ()
 
 
 def fit(
@@ -84,11 +89,13 @@ def fit(
     *,
     first_step: int = 0,
     ranks: Ranks = ALONE,
+    ask: Callable[[], tuple[float, ...]] = no_votes,
 ) -> Iterator[StepReport]:
     """Train on `batches`, one optimiser step each, and report after each.
 
     The gradient is that of the mean over the global batch, however unevenly ranks and micro batches
     share it: each weights its sum by world_size / weight, and data parallel averages over ranks.
+    `ask` is called once a step on each rank: so all act at one step on what one of them saw.
 
     Raises:
         HeliostatError: the loss or the gradient is NaN or infinite; the optimiser has not stepped.
@@ -99,10 +106,11 @@ def fit(
         model.train()
         set_rate(optimizer, rate := recipe.rate(step))
         optimizer.zero_grad(set_to_none=True)
-        totals = _accumulate(model, task, batch, recipe, step, ranks)
+        collect = _accumulate(model, task, batch, recipe, step, ranks, ask())
         recipe.scaler.unscale_(optimizer)
         grad_norm = _clip(model, recipe.clip_norm)
-        means = {name: total / (batch.weight * task.units) for name, total in totals().items()}
+        totals, votes = collect()
+        means = {name: total / (batch.weight * task.units) for name, total in totals.items()}
         _check(step, means["loss"], grad_norm, recipe)
         recipe.scaler.step(optimizer)
         recipe.scaler.update()
@@ -116,8 +124,9 @@ def fit(
             rate,
             seconds=ended - began,
             wait_seconds=received - began,
+            votes=votes,
         )
-        began = ended
+        began = time.perf_counter()
 
 
 @torch.no_grad()
@@ -125,31 +134,39 @@ def validate(
     model: nn.Module,
     task: Task,
     batches: Iterable[Batch],
+    recipe: Recipe,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Means of the loss and of what `task` counts over the batches of all ranks.
 
-    Here a batch is a rank's own: `weight` is that of its rows.
+    Here a batch is a rank's own and `weight` that of its rows; every rank has as many batches.
     """
     model.eval()
-    sums: dict[str, float] = {}
+    sums: list[dict[str, Tensor]] = []
     weight = 0
     for batch in batches:
-        outputs = model(*batch.inputs)
-        for name, total in _measure(task, outputs, batch.targets).items():
-            sums[name] = sums.get(name, 0.0) + total.item()
+        with recipe.autocast():
+            outputs = model(*batch.inputs)
+            sums.append(_measure(task, outputs, batch.targets))
         weight += batch.weight * task.units
-    totals = torch.tensor([weight, *sums.values()], dtype=torch.float64)
+    totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
+    totals = torch.cat([totals, totals.new_tensor([weight])])
     if ranks.world_size > 1:
         distributed.all_reduce(totals)
-    weight, *values = totals.tolist()
-    return {name: value / max(weight, 1) for name, value in zip(sums, values, strict=True)}
+    *values, whole = totals.tolist()
+    return {name: value / max(whole, 1) for name, value in zip(sums[0], values, strict=True)}
 
 
 def _accumulate(
-    model: nn.Module, task: Task, batch: Batch, recipe: Recipe, step: int, ranks: Ranks
-) -> Callable[[], dict[str, float]]:
-    """Forward and backward over all micro batches; how to get the sums over all ranks.
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    recipe: Recipe,
+    step: int,
+    ranks: Ranks,
+    votes: tuple[float, ...],
+) -> Callable[[], tuple[dict[str, float], tuple[float, ...]]]:
+    """Forward and backward over all micro batches; how to get the sums and votes of all ranks.
 
     The sums travel while the backward pass runs. Every rank makes as many micro batches as the one
     with the most rows, else collectives of the model would wait for ever.
@@ -163,22 +180,24 @@ def _accumulate(
     for start in starts:
         rows = slice(start, start + size)
         last = start == starts[-1]
-        with _synced_if(model, last), key_samples(model, keys[rows]):
+        with synced(model, last), key_samples(model, keys[rows]):
             with recipe.autocast():
                 outputs = model(*(tensor[rows] for tensor in batch.inputs))
                 measured = _measure(task, outputs, batch.targets[rows])
             sums.append({name: total.detach() for name, total in measured.items()})
             if last:
                 totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
+                totals = torch.cat([totals, totals.new_tensor(votes)])
                 work = (
                     distributed.all_reduce(totals, async_op=True) if ranks.world_size > 1 else None
                 )
             torch.autograd.backward(recipe.scaler.scale(measured["loss"] * scale))
 
-    def collect() -> dict[str, float]:
+    def collect() -> tuple[dict[str, float], tuple[float, ...]]:
         if work is not None:
             work.wait()
-        return dict(zip(sums[0], totals.tolist(), strict=True))
+        values = totals.tolist()
+        return dict(zip(sums[0], values, strict=False)), tuple(values[len(sums[0]) :])
 
     return collect
 
@@ -197,12 +216,6 @@ def _key(seed: int, step: int, batch: Batch) -> Tensor:
     """A number for each sample that says what is drawn for it, int64 (rows of the share,)."""
     places = torch.arange(len(batch.targets), device=batch.targets.device) + batch.first_row
     return mix(mix(torch.tensor(seed ^ (step << 32) & 2**63 - 1)) + places)
-
-
-def _synced_if(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients are exchanged once a step, in the last backward pass."""
-    pause: Autocast | None = getattr(model, "no_sync", None)
-    return contextlib.nullcontext() if last or pause is None else pause()
 
 
 def _clip(model: nn.Module, most: float | None) -> float:

@@ -1,0 +1,61 @@
+"""Measure the platform beside its peers on this cluster; the last line is JSON.
+
+eval "$(heliostat env)"
+python jobs/benchmark.py data                       # bucket -> tensors, rows per second
+python jobs/benchmark.py data root=s3://my-bucket repeats=5
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from heliostat.benchmark import data
+from heliostat.errors import HeliostatError
+from heliostat.job import run
+
+
+@dataclass(frozen=True)
+class Options:
+    root: str = "s3://heliostat"
+    repeats: int = 3
+
+
+def measure_data(options: Options) -> dict[str, Any]:
+    def report(name: str, reading: data.Reading) -> None:
+        print(
+            f"{name:<10} {reading.rows_per_second:>9,.0f} rows/s  "
+            f"first batch {reading.first_batch_seconds:.2f} s",
+            flush=True,
+        )
+
+    found = data.measure(options.root, options.repeats, report)
+    if found["mosaicml"] is None:
+        print("mosaicml   not installed: pip install mosaicml-streaming")
+    ours = found["heliostat"]
+    assert ours is not None
+    return {
+        "rows_per_second": {
+            name: round(reading.rows_per_second) if reading else None
+            for name, reading in found.items()
+        },
+        "first_batch_seconds": round(ours.first_batch_seconds, 2),
+    }
+
+
+BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {"data": measure_data}
+
+
+def main(name: str, *overrides: str) -> None:
+    if name not in BENCHMARKS:
+        raise HeliostatError(f"{name!r} is no benchmark: use one of {', '.join(BENCHMARKS)}")
+    given = dict(override.split("=", 1) for override in overrides)
+    options = Options(given.get("root", Options.root), int(given.get("repeats", Options.repeats)))
+    ray.init(logging_level="ERROR", log_to_driver=False)
+    print(json.dumps({"benchmark": name, **BENCHMARKS[name](options)}))
+
+
+if __name__ == "__main__":
+    run(main)

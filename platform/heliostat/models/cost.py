@@ -1,0 +1,152 @@
+"""What a network costs, measured on PyTorch's meta device: tensors with shapes but no values."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from heliostat.errors import HeliostatError
+from heliostat.models import Task, build, count_parameters, task_of
+from heliostat.models.dropout import key_samples
+from heliostat.signature import (
+    Blocks,
+    Classes,
+    Input,
+    Interaction,
+    NextToken,
+    Output,
+    Picture,
+    Series,
+    Signature,
+    Text,
+    Vector,
+)
+from heliostat.spec import CustomSpec, ModelSpec, RnnSpec
+
+Costs = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one more sample costs, in float32 and at the full length of a sequence.
+
+    FLOPs are those of matrix products and convolutions, two for a multiplication and its addition:
+    `flops_per_sample` forward, `train_flops_per_sample` forward and backward. The activations are
+    what the backward pass, the loss included, keeps besides the parameters.
+    """
+
+    parameters: int
+    flops_per_sample: int
+    train_flops_per_sample: int
+    activation_bytes_per_sample: int
+
+
+def measure_cost(model: ModelSpec, signature: Signature) -> Cost:
+    """Count what a training step does for two rows and take off what it does for one.
+
+    Raises:
+        HeliostatError: the family does not suit the data, or a user's own network looks at values.
+    """
+    task = task_of(model, signature)
+    with torch.device("meta"):
+        network = build(model, signature)
+        try:
+            measure = _measure_recurrent if isinstance(model, RnnSpec) else _measure_row
+            costs = measure(network, task, signature)
+        except (NotImplementedError, RuntimeError) as error:
+            if not isinstance(model, CustomSpec):
+                raise
+            raise HeliostatError(
+                f"the cost of model.build={model.build} cannot be measured, its network looks at "
+                f"the values of tensors: {error}"
+            ) from error
+    return Cost(count_parameters(network), *costs)
+
+
+def _measure_recurrent(network: nn.Module, task: Task, signature: Signature) -> Costs:
+    """A series costs the same at every step: two short ones tell what a long one costs.
+
+    On the meta device the fused kernels run as one matrix product for each step, and a thousand
+    steps would take a minute.
+    """
+    of = signature.input
+    assert isinstance(of, Series | Text)
+    short, longer = (
+        _measure_row(network, task, replace(signature, input=replace(of, length=length)))
+        for length in (2, 3)
+    )
+    return tuple(
+        cost + (of.length - 2) * (more - cost) for cost, more in zip(short, longer, strict=True)
+    )
+
+
+def _measure_row(network: nn.Module, task: Task, signature: Signature) -> Costs:
+    one, two = (_measure_step(network, task, signature, rows) for rows in (1, 2))
+    return tuple(after - before for before, after in zip(one, two, strict=True))
+
+
+def _measure_step(network: nn.Module, task: Task, signature: Signature, rows: int) -> Costs:
+    """FLOPs of the forward pass, of it and the backward pass, and bytes kept between them."""
+    inputs = _make_inputs(signature.input, rows)
+    targets = _make_targets(signature.output, inputs)
+    kept: dict[int, Tensor] = {}
+    with FlopCounterMode(display=False) as counter:
+        with key_samples(network, torch.zeros(rows, dtype=torch.long)), _keeping(kept):
+            loss = task.loss(network(*inputs), targets)
+        forward = counter.get_total_flops()
+        torch.autograd.backward(loss)
+    for parameter in network.parameters():
+        kept.pop(_storage_of(parameter), None)
+    kept_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return forward, counter.get_total_flops(), kept_bytes
+
+
+@contextmanager
+def _keeping(kept: dict[int, Tensor]) -> Iterator[None]:
+    """Within, what autograd saves goes into `kept`, once for each storage: views share theirs."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[_storage_of(tensor)] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _make_inputs(of: Input, rows: int) -> tuple[Tensor, ...]:
+    match of:
+        case Vector(width):
+            return (torch.zeros(rows, width),)
+        case Picture(channels, height, width):
+            return (torch.zeros(rows, channels, height, width),)
+        case Series(length, channels):
+            return torch.zeros(rows, length, channels), torch.full((rows,), length)
+        case Text(length):
+            return _make_tokens(rows, length), torch.full((rows,), length)
+        case Blocks(length):
+            return (_make_tokens(rows, length),)
+        case Interaction(ids, width):
+            return _make_tokens(rows, len(ids)), torch.zeros(rows, width)
+
+
+def _make_tokens(rows: int, length: int) -> Tensor:
+    return torch.zeros(rows, length, dtype=torch.long)
+
+
+def _make_targets(of: Output, inputs: tuple[Tensor, ...]) -> Tensor:
+    rows = len(inputs[0])
+    match of:
+        case Classes():
+            return torch.zeros(rows, dtype=torch.long)
+        case NextToken():
+            return inputs[0]
+        case numbers:
+            return torch.zeros(rows, len(numbers.names))

@@ -1,0 +1,351 @@
+"""What one worker of a run does: from the newest checkpoint to the last step, without Ray."""
+
+import contextlib
+import faulthandler
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+
+from heliostat import storage
+from heliostat.data import features, stream
+from heliostat.data.manifest import Manifest, load_manifest
+from heliostat.hardware import find_peak
+from heliostat.metrics import Sink
+from heliostat.models import build, count_parameters, task_of
+from heliostat.models.cost import measure_cost
+from heliostat.signature import Blocks
+from heliostat.spec import RunSpec
+from heliostat.train import checkpoint, goodput, loop, sharded
+from heliostat.train.ema import Average
+from heliostat.train.goodput import CHECKPOINT, VALIDATION, Ledger
+from heliostat.train.lease import raise_fence
+from heliostat.train.optim import build_optimizer, rate_at
+from heliostat.train.parallel import Parallel, parallelize
+from heliostat.train.progress import Progress, Workload
+from heliostat.train.state import State
+from heliostat.train.stop import HIGHER_IS_BETTER, Status, Trend, decide, find_metric, follow, watched
+
+CURVE_POINTS = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run is told; `submission` names the try that they belong to."""
+
+    spec: RunSpec
+    data_name: str
+    data_version: str
+    run: str
+    steps: int
+    submission: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs: `fetch` gives it chunks of rows, `noticed` says that the node will go."""
+
+    ranks: loop.Ranks
+    device: torch.device
+    fetch: Callable[[int], pa.Table]
+    noticed: Callable[[], bool] = lambda: False
+    live: Sequence[Sink] = ()
+    waited: dict[str, float] = field(default_factory=dict)
+
+
+class Preempted(Exception):
+    """The run is saved up to this step, because a node of its workers will be taken away."""
+
+
+@dataclass
+class Position:
+    """How far a run is beside its tensors; what a checkpoint keeps of it as JSON."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    trend: Trend = Trend()
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self, manifest: Manifest, seed: int, steps_per_epoch: int) -> dict[str, Any]:
+        epoch, in_epoch = divmod(self.step, steps_per_epoch)
+        return {
+            "data": {
+                "version": manifest.version,
+                "seed": seed,
+                "epoch": epoch,
+                "step_in_epoch": in_epoch,
+            },
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "trend": self.trend.to_json(),
+            "scaler": self.scaler,
+        }
+
+    @classmethod
+    def from_json(cls, step: int, document: dict[str, Any]) -> "Position":
+        trend = Trend(**document["trend"])
+        return cls(step, document["tokens"], document["seconds"], trend, document["scaler"])
+
+
+def train_rank(job: Job, place: Place) -> None:
+    """Train until the last step or a reason to stop; rank 0 leaves `result.json` behind.
+
+    Raises:
+        Preempted: a node goes; all is committed up to the step that was reached.
+        HeliostatError: what a retry cannot mend, such as a loss that is not finite.
+    """
+    with _watched(job.spec.train.hang_seconds) as alive:
+        _Worker(job, place, alive).run()
+
+
+class _Worker:
+    """The parts of a worker, and the story of its run."""
+
+    def __init__(self, job: Job, place: Place, alive: Callable[[], None]) -> None:
+        self._job, self._place, self._alive = job, place, alive
+        self._train, self._ranks = job.spec.train, place.ranks
+        self._store = storage.connect(job.spec.root)
+        self._manifest = load_manifest(self._store, job.data_name, job.data_version)
+        self._order = stream.plan(
+            self._manifest, "train", self._train.global_batch, self._train.seed
+        )
+        fence = raise_fence(self._store, job.run) if self._is_first else None
+        earlier = goodput.load_attempts(self._store, job.run) if self._is_first else []
+        self._ledger = Ledger(job.submission, earlier, place.waited)
+        self._parallel, self._state, self._average = self._build()
+        self._position = self._restore()
+        self._resumed = time.monotonic() - self._position.seconds
+        best = self._best if self._train.validate_steps else None
+        keep = self._train.keep_checkpoints
+        self._writer = sharded.Writer(self._store, job.run, keep=keep, best=best, fence=fence)
+        self._recipe = loop.Recipe(
+            rate=self._rate,
+            seed=self._train.seed,
+            micro_batch=self._micro_batch,
+            clip_norm=self._train.clip_norm,
+            autocast=self._parallel.autocast,
+            scaler=self._parallel.scaler,
+        )
+        self._progress = self._open_progress() if self._is_first else None
+
+    def run(self) -> None:
+        reason = None
+        for report in self._fit():
+            self._count(report)
+            scores = self._validate() if self._is_due(self._train.validate_steps) else {}
+            noticed, seconds = report.votes
+            reason = decide(
+                self._train,
+                Status(report.step, self._position.tokens, seconds, scores, self._position.trend),
+            )
+            ends = bool(reason) or noticed > 0 or report.step == self._job.steps
+            if ends or scores or self._is_due(self._train.checkpoint_steps):
+                self._save(scores, wait=ends)
+            if reason or report.step == self._job.steps:
+                break
+            if noticed:
+                raise Preempted(f"saved at step {report.step:,}, as a node will be taken away")
+        self._finish(reason)
+
+    @property
+    def _is_first(self) -> bool:
+        return self._ranks.rank == 0
+
+    @property
+    def _best(self) -> Literal["lower", "higher"]:
+        return "higher" if watched(self._train) in HIGHER_IS_BETTER else "lower"
+
+    @property
+    def _rank_rows(self) -> int:
+        """The most rows of a global batch that a rank has."""
+        return -(-self._train.global_batch // self._ranks.world_size)
+
+    @property
+    def _micro_batch(self) -> int | None:
+        return self._train.micro_batch if isinstance(self._train.micro_batch, int) else None
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self._position.step % every == 0
+
+    def _rate(self, step: int) -> float:
+        drops = self._position.trend.drops
+        share = rate_at(self._train.schedule, step, self._job.steps, drops)
+        return self._train.optimizer.lr * share
+
+    def _build(self) -> tuple[Parallel, State, Average | None]:
+        model = self._job.spec.model
+        torch.manual_seed(self._train.seed)
+        network = build(model, self._manifest.signature)
+        task = task_of(model, self._manifest.signature)
+        world_size = self._ranks.world_size
+        parallel = parallelize(network, task, self._train, self._place.device, world_size)
+        optimizer = build_optimizer(self._train.optimizer, network)
+        average = Average(network, self._train.ema) if self._train.ema else None
+        state = State(network, optimizer, average.tensors if average else {})
+        return parallel, state, average
+
+    def _restore(self) -> Position:
+        """Go on from the newest checkpoint that verifies; a new run from its beginning."""
+        say = print if self._is_first else _say_nothing
+        restored = sharded.read_newest(self._store, self._job.run, self._state, say)
+        if restored is None:
+            return Position()
+        position = Position.from_json(restored.step, restored.extra)
+        if position.scaler:
+            self._parallel.scaler.load_state_dict(position.scaler)
+        say(f"resumed from step {restored.step:,} ({restored.key})")
+        return position
+
+    def _open_progress(self) -> Progress:
+        signature = self._manifest.signature
+        peak = find_peak(self._place.device, self._train.precision)
+        workload = Workload(
+            self._job.steps,
+            self._order.steps_per_epoch,
+            curve_steps=max(1, self._job.steps // CURVE_POINTS),
+            row_tokens=signature.input.length if isinstance(signature.input, Blocks) else 0,
+            row_flops=measure_cost(self._job.spec.model, signature).train_flops_per_sample,
+            peak_flops=(peak or 0.0) * self._ranks.world_size,
+        )
+        return Progress(
+            self._store,
+            self._job.run,
+            workload,
+            self._ledger,
+            live=self._place.live,
+            first_step=self._position.step,
+        )
+
+    def _fit(self) -> Iterator[loop.StepReport]:
+        shares = stream.iter_shares(
+            self._order,
+            self._manifest,
+            self._place.fetch,
+            steps=range(self._position.step, self._job.steps),
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+        )
+        return loop.fit(
+            self._parallel.model,
+            self._parallel.task,
+            self._state.optimizer,
+            map(self._to_batch, shares),
+            self._recipe,
+            first_step=self._position.step,
+            ranks=self._ranks,
+            ask=self._vote,
+        )
+
+    def _vote(self) -> tuple[float, float]:
+        """Whether a node will go, by any rank; how long the run has trained, by the first."""
+        seconds = time.monotonic() - self._resumed if self._is_first else 0.0
+        return float(self._place.noticed()), seconds
+
+    def _count(self, report: loop.StepReport) -> None:
+        self._alive()
+        self._position.step = report.step
+        self._position.tokens += report.weight
+        self._position.seconds = report.votes[1]
+        if self._average:
+            self._average.update()
+        if self._progress:
+            self._progress.add(report)
+
+    def _validate(self) -> dict[str, float]:
+        """Score the validation split on all ranks and follow the trend of the watched metric."""
+        parts = stream.iter_part(
+            self._store,
+            self._manifest,
+            "validation",
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            batch=self._micro_batch or self._rank_rows,
+        )
+        averaged = self._average.in_place() if self._average else contextlib.nullcontext()
+        parallel = self._parallel
+        with self._ledger.spend(VALIDATION), averaged:
+            batches = map(self._to_batch, parts)
+            scores = loop.validate(
+                parallel.model, parallel.task, batches, self._recipe, self._ranks
+            )
+        self._alive()
+        position = self._position
+        position.trend = follow(self._train, position.trend, position.step, scores)
+        if self._progress:
+            self._progress.add_validation(scores)
+        return scores
+
+    def _save(self, scores: Mapping[str, float], wait: bool) -> None:
+        """Begin a checkpoint; with `wait` it is committed when this returns."""
+        self._alive()
+        self._position.scaler = self._parallel.scaler.state_dict()
+        extra = self._position.to_json(
+            self._manifest, self._train.seed, self._order.steps_per_epoch
+        )
+        metric = find_metric(self._train, scores) if scores else None
+        with self._ledger.spend(CHECKPOINT):
+            self._writer.begin(self._position.step, self._state, extra, metric)
+            if wait:
+                self._writer.finish()
+        if self._progress:
+            self._progress.record()
+        self._alive()
+
+    def _finish(self, reason: str | None) -> None:
+        self._writer.finish()
+        if self._progress is None:
+            return
+        self._progress.finish()
+        if reason:
+            print(f"stopped at step {self._position.step:,}: {reason}", flush=True)
+        best = checkpoint.find_best(self._store, self._job.run, self._best)
+        saved = self._writer.saved
+        result = {
+            "step": self._position.step,
+            "reason": reason,
+            "checkpoint": best or (saved.key if saved else None),
+            "parameters": count_parameters(self._state.model),
+            "metrics": self._progress.metrics,
+        }
+        self._store.write(result_key(self._job.run), json.dumps(result).encode())
+
+    def _to_batch(self, share: stream.Share) -> loop.Batch:
+        columns, device = dict(share.columns), self._place.device
+        arrays = features.encode(self._manifest.features, columns)
+        targets = features.encode_targets(self._manifest.output, columns)
+        return loop.Batch(
+            tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays),
+            torch.from_numpy(targets).to(device, non_blocking=True),
+            share.first_row,
+            share.rows,
+            share.weight,
+        )
+
+
+def result_key(run: str) -> str:
+    return f"runs/{run}/result.json"
+
+
+@contextlib.contextmanager
+def _watched(seconds: float) -> Iterator[Callable[[], None]]:
+    """Within, a process that does not call what it is given for `seconds` says where each of its
+    threads stands and ends: a rank that hangs would hold up all others for ever."""
+
+    def alive() -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _say_nothing(line: str) -> None:
+    pass

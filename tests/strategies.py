@@ -1,0 +1,151 @@
+"""Processes that train a small network together, by every strategy, and tell what they saw."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn import functional
+
+from heliostat.data.order import share
+from heliostat.models import Task, build, task_of
+from heliostat.models.dropout import Dropout
+from heliostat.signature import Classes, Signature, Vector
+from heliostat.spec import MlpSpec, OptimizerSpec, TrainSpec
+from heliostat.train import loop
+from heliostat.train.optim import build_optimizer
+from heliostat.train.parallel import parallelize
+
+CPU = torch.device("cpu")
+WIDTH, CLASSES = 6, 3
+SIGNATURE = Signature(Vector(WIDTH), Classes(tuple(map(str, range(CLASSES)))))
+MLP = MlpSpec(kind="mlp", hidden=(16, 5), dropout=0.2)
+TASK = task_of(MLP, SIGNATURE)
+ROWS = (8, 7, 2, 5, 1)
+OPTIMIZER = OptimizerSpec(kind="sgd", lr=0.1, momentum=0.9)
+CLIP_NORM, MICRO_BATCH, TIMEOUT = 0.5, 2, timedelta(seconds=60)
+
+
+@dataclass(frozen=True)
+class Case:
+    network: str
+    strategy: str
+    precision: str
+    recompute: bool
+    compile: bool
+    world_size: int
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in asdict(self).values())
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.LayerNorm(width), Dropout(0.1)
+        self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        q_NTD, k_NTD, v_NTD = self.mix(self.norm(x_NTD)).chunk(3, dim=-1)
+        seen_NTD = functional.scaled_dot_product_attention(q_NTD, k_NTD, v_NTD, is_causal=True)
+        residual: Tensor = x_NTD + self.dropout(self.out(seen_NTD))
+        return residual
+
+
+class Deep(nn.Module):
+    """A small transformer: each number of a row is a token."""
+
+    def __init__(self, width: int = 8, layers: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(layers))
+        self.head = nn.Linear(width, CLASSES)
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, x_NT: Tensor) -> Tensor:
+        x_NTD = self.embed(x_NT.unsqueeze(-1)) * self.scale
+        for layer in self.layers:
+            x_NTD = layer(x_NTD)
+        logits: Tensor = self.head(x_NTD.mean(dim=1))
+        return logits
+
+
+def make_network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build(MLP, SIGNATURE) if name == "mlp" else Deep()
+
+
+def batches(rank: int = 0, world_size: int = 1) -> Iterator[loop.Batch]:
+    """Global batches of `ROWS` rows; where there are fewer rows than ranks some get none."""
+    generator = torch.Generator().manual_seed(1)
+    for rows in ROWS:
+        inputs = torch.randn(rows, WIDTH, generator=generator)
+        targets = torch.randint(0, CLASSES, (rows,), generator=generator)
+        mine = share(rows, rank, world_size)
+        yield loop.Batch((inputs[mine],), targets[mine], mine.start, rows, weight=rows)
+
+
+def train_plainly(network: str) -> list[tuple[float, float]]:
+    """(loss, norm of the gradient) of every step in one process, nothing applied from outside."""
+    model = make_network(network)
+    recipe = loop.Recipe(lambda step: OPTIMIZER.lr, clip_norm=CLIP_NORM)
+    return _follow(model, TASK, model, recipe, loop.ALONE)
+
+
+def train_case(case: Case, rank: int = 0) -> list[tuple[float, float]]:
+    """The same by the strategy of `case`, in micro batches."""
+    settings = asdict(case) | {"network": None, "world_size": None}
+    spec = TrainSpec(**{key: value for key, value in settings.items() if value is not None})
+    model = make_network(case.network)
+    parallel = parallelize(model, TASK, spec, CPU, case.world_size)
+    recipe = loop.Recipe(
+        lambda step: OPTIMIZER.lr,
+        clip_norm=CLIP_NORM,
+        micro_batch=MICRO_BATCH,
+        autocast=parallel.autocast,
+        scaler=parallel.scaler,
+    )
+    ranks = loop.Ranks(rank, case.world_size)
+    return _follow(parallel.model, parallel.task, model, recipe, ranks)
+
+
+def _follow(
+    model: nn.Module, task: Task, bare: nn.Module, recipe: loop.Recipe, ranks: loop.Ranks
+) -> list[tuple[float, float]]:
+    optimizer = build_optimizer(OPTIMIZER, bare)
+    shares = batches(ranks.rank, ranks.world_size)
+    steps = loop.fit(model, task, optimizer, shares, recipe, ranks=ranks)
+    return [(step.metrics["loss"], step.grad_norm) for step in steps]
+
+
+def train_together(
+    cases: list[Case], directory: Path, backend: str = "aot_eager"
+) -> dict[str, list[tuple[float, float]]]:
+    """What rank 0 saw in each case; `backend` is what compiles: aot_eager needs no C++."""
+    world_size = max(case.world_size for case in cases)
+    multiprocessing.spawn(_work, (cases, directory, backend), nprocs=world_size)
+    found: dict[str, list[tuple[float, float]]] = json.loads((directory / "0.json").read_text())
+    return found
+
+
+def _work(rank: int, cases: list[Case], directory: Path, backend: str) -> None:
+    torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend=backend)
+    seen = {}
+    for size, group in itertools.groupby(cases, lambda case: case.world_size):
+        if rank < size:
+            distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{directory}/group-{size}",
+                rank=rank,
+                world_size=size,
+                timeout=TIMEOUT,
+            )
+            seen |= {str(case): train_case(case, rank) for case in group}
+            distributed.destroy_process_group()
+    (directory / f"{rank}.json").write_text(json.dumps(seen))
