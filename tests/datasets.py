@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from heliostat.data.features import ImageFeatures
+from heliostat.data.features import NUMBERS, ImageFeatures
 from heliostat.data.manifest import Manifest, Shard, content_version
-from heliostat.data.shards import write_shard
+from heliostat.data.shards import row_bytes, write_shard
 from heliostat.signature import Classes
 from heliostat.storage import Store
 
@@ -40,6 +40,14 @@ def store_images(
         report={},
     )
     return replace(manifest, version=content_version(manifest))
+
+
+def unpack(rows: pa.Table, *names: str) -> pa.Table:
+    """Rows of a table with a column `x.name` for each of their numbers, None where missing."""
+    numbers = row_bytes(rows, NUMBERS).view(np.float64)
+    for name, column in zip(names, numbers.T, strict=True):
+        rows = rows.append_column(f"x.{name}", pa.array(column, from_pandas=True))
+    return rows
 
 
 def row_numbers(pixels: np.ndarray) -> list[int]:

@@ -60,8 +60,8 @@ class Predicted:
     def score(self, cuts: list[int]) -> ClassScores:
         names = [f"x{i}" for i in range(self.classes)]
         features = TableFeatures(tuple(NumericColumn(name, 0.0, 1.0, False) for name in names))
-        batches = [
-            dict(zip(names, logits.T, strict=True)) | {"label": labels}
+        batches: list[dict[str, NDArray[Any]]] = [
+            {"numbers": logits.astype(np.float64), "label": labels}
             for logits, labels in zip(
                 np.split(self.logits, cuts), np.split(self.labels, cuts), strict=True
             )
@@ -195,8 +195,8 @@ TABLE = TableFeatures(
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
 ROWS = {
-    "age": np.array([1.0, math.nan, 3.5]),
-    "city": np.array(["Oslo", None, "elsewhere"], dtype=object),
+    "numbers": np.array([[1.0], [math.nan], [3.5]]),
+    "x.city": np.array(["Oslo", None, "elsewhere"], dtype=object),
 }
 PUBLISHED: list[tuple[str, Features, dict[str, NDArray[Any]]]] = [
     ("mlp", IMAGE, {"image": PIXELS}),

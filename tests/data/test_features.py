@@ -76,9 +76,8 @@ def test_pixels_are_scaled_shifted_and_put_channel_first() -> None:
 
 def test_table_rows_become_numbers_indicators_and_slots() -> None:
     columns = {
-        "age": np.array([50.0, np.nan]),
-        "hours": np.array([8.0, 12.0]),
-        "town": np.array(["Ulm", None], dtype=object),
+        "numbers": np.array([[50.0, 8.0], [np.nan, 12.0]]),
+        "x.town": np.array(["Ulm", None], dtype=object),
     }
     (inputs,) = encode(TABLE, columns)
     assert inputs.shape == (2, *shape_of(TABLE))
@@ -88,8 +87,8 @@ def test_table_rows_become_numbers_indicators_and_slots() -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
 def test_a_row_is_encoded_alike_in_every_batch(numbers: list[float]) -> None:
     column = TableFeatures((NumericColumn("x", 3.0, 7.0, has_missing=True),))
-    (together,) = encode(column, {"x": np.array(numbers)})
-    alone = [encode(column, {"x": np.array([number])})[0][0] for number in numbers]
+    (together,) = encode(column, {"numbers": np.array(numbers)[:, None]})
+    alone = [encode(column, {"numbers": np.array([[number]])})[0][0] for number in numbers]
     assert (together == alone).all()
 
 

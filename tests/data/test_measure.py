@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from heliostat.data.features import (
     CategoryColumn,
+    Features,
     ImageFeatures,
     NumericColumn,
     TableFeatures,
@@ -17,7 +18,7 @@ from heliostat.data.features import (
 )
 from heliostat.data.measure import measure, settle_features
 from heliostat.data.raw import ImageLayout, Layout, TableLayout
-from heliostat.data.shards import to_columns
+from heliostat.data.shards import pack_rows, to_columns
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 
@@ -28,7 +29,7 @@ TEXTS = TableLayout("y", {"c": "category"})
 CUTS = st.integers(0, 1000)
 
 
-def settle(layout: Layout, *shards: pa.Table) -> tuple[ImageFeatures | TableFeatures, list[str]]:
+def settle(layout: Layout, *shards: pa.Table) -> tuple[Features, list[str]]:
     measures = [json.loads(json.dumps(measure(layout, shard))) for shard in shards]
     return settle_features(layout, measures, DATA)
 
@@ -39,6 +40,10 @@ def image_rows(images: list[bytes]) -> pa.Table:
 
 def text_rows(*texts: str | None) -> pa.Table:
     return pa.table({"x.c": pa.array(texts, pa.string())})
+
+
+def number_rows(*numbers: float | None) -> pa.Table:
+    return pa.table({"numbers": pack_rows(np.array(numbers, np.float64)[:, None])})
 
 
 @given(st.lists(st.binary(min_size=6, max_size=6), min_size=2), CUTS)
@@ -58,7 +63,7 @@ def test_pixels_are_measured_exactly(images: list[bytes], cut: int) -> None:
 @example([170.844] * 3, 0)
 @given(st.lists(st.none() | st.floats(-1e9, 1e9).map(lambda x: round(x, 3)), min_size=2), CUTS)
 def test_numbers_become_mean_0_and_deviation_1(numbers: list[float | None], cut: int) -> None:
-    rows = pa.table({"x.n": pa.array(numbers, pa.float64())})
+    rows = number_rows(*numbers)
     cut %= len(numbers)
     known = [number for number in numbers if number is not None]
     if not known:
@@ -84,13 +89,13 @@ def test_the_most_frequent_texts_are_kept_and_the_rest_share_an_input() -> None:
     assert notes == [
         "column c: 2 rarer values share one input, as data.max_categories is 2",
     ]
-    columns = {"c": np.array(["c", "b", None], dtype=object)}
+    columns = {"x.c": np.array(["c", "b", None], dtype=object)}
     assert encode(features, columns)[0].tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]
 
 
 def test_a_column_that_says_nothing_is_dropped() -> None:
     layout = TableLayout("y", {"c": "category", "n": "numeric"})
-    rows = text_rows("ann", "bob").append_column("x.n", [[1.0, 2.0]])
+    rows = text_rows("ann", "bob").append_column("numbers", number_rows(1.0, 2.0)["numbers"])
     features, notes = settle(layout, rows)
     assert [column.name for column in features.columns] == ["n"]  # type: ignore[union-attr]
     assert notes == ["column c is dropped: no value occurs twice in the training rows"]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from datasets import unpack
 from heliostat.data.features import CategoryColumn, NumericColumn, encode, parse_instances
 from heliostat.data.manifest import Manifest, Shard, check_shards, load_manifest
 from heliostat.data.prepare import prepare, require_prepared, summarise
@@ -147,7 +148,7 @@ def test_a_table_with_gaps_is_prepared_and_mended_and_answers_as_it_was_stored(
     assert town == CategoryColumn("town", ("Köln", "Ulm"))
     assert isinstance(number, NumericColumn)
 
-    train = read_shards(store, manifest, "train")
+    train = unpack(read_shards(store, manifest, "train"), "n")
     assert number.mean == pytest.approx(train["x.n"].to_pandas().mean())
     rows = [
         {"town": row["x.town"], "n": row["x.n"]}

@@ -18,6 +18,7 @@ from heliostat.data.shards import (
     REJECTED,
     cut_points,
     order_of,
+    pack_rows,
     read_group,
     split_at,
     split_of,
@@ -115,7 +116,8 @@ def test_row_groups_hold_the_rows_in_order(store: Store, manifest: Manifest) -> 
 
 
 def test_table_columns_come_back_with_what_is_missing(store: Store) -> None:
-    table = pa.table({"id": ["a", "b"], "x.n": [1.5, None], "x.c": [None, "ü"]})
+    numbers = pack_rows(np.array([[1.5], [np.nan]]))
+    table = pa.table({"id": ["a", "b"], "numbers": numbers, "x.c": [None, "ü"]})
     data, footer, groups = write_shard(table, 10)
     store.write("shard", data)
     shard = Shard("shard", "train", 2, len(data), "", footer, groups)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datasets import unpack
 from heliostat.data.raw import find_source
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
@@ -45,6 +46,7 @@ def test_a_csv_file_as_people_have_them(read: Read, pack: Callable[[bytes], byte
         "who": "category",
     }
     assert survey.labels == ("<=50K", ">50K")
+    rows = unpack(rows, "age", "hours")
     assert rows["id"].to_pylist() == ["people.csv#0", "people.csv#1", "people.csv#2"]
     assert rows["x.age"].to_pylist() == [39, None, 50]
     assert rows["x.town"].to_pylist() == ["Ulm", "Köln,\nRhein", None]
@@ -58,7 +60,7 @@ def test_other_delimiters_are_found_in_the_header(read: Read, delimiter: str) ->
     text = "a,b,y\n1,2,p\n3,4,q\n".replace(",", delimiter)
     survey, rows = read({"t.csv": text.encode()}, label="y")
     assert survey.layout.kinds == {"a": "numeric", "b": "numeric"}
-    assert rows["x.b"].to_pylist() == [2, 4]
+    assert unpack(rows, "a", "b")["x.b"].to_pylist() == [2, 4]
 
 
 def test_rows_that_cannot_be_used_are_named(read: Read) -> None:
@@ -89,7 +91,7 @@ def test_a_column_is_numeric_if_nearly_all_of_it_is(read: Read) -> None:
 def test_a_column_without_a_name_is_left_out(read: Read) -> None:
     survey, rows = read({"t.csv": b",a,y\n0,5,p\n1,6,q\n"}, label="y")
     assert survey.layout.kinds == {"a": "numeric"}
-    assert rows["x.a"].to_pylist() == [5, 6]
+    assert unpack(rows, "a")["x.a"].to_pylist() == [5, 6]
 
 
 def test_whole_labels_are_written_without_a_point(read: Read) -> None:
@@ -115,7 +117,7 @@ def test_parquet_columns_by_their_types(read: Read) -> None:
     survey, rows = read(files, label="y", columns={"nested": "ignore"})
     assert survey.labels == ("1", "2")
     assert rows["id"].to_pylist()[2:4] == ["a.parquet#2", "b.pq#0"]
-    first = rows.slice(0, 2).to_pylist()
+    first = unpack(rows, "i", "f", "d", "t", "day").slice(0, 2).to_pylist()
     assert [row["x.i"] for row in first] == [1, None]
     assert [row["x.f"] for row in first] == [0.5, None]
     assert [row["x.d"] for row in first] == [1, 2]

@@ -307,7 +307,6 @@ def test_a_line_that_is_too_long_is_one_bad_row_and_the_next_one_is_read(read: R
 @pytest.mark.parametrize(
     ("sentence", "files", "data"),
     [
-        ("only classes can be learned", {"a.txt": b"a"}, {"task": "regression"}),
         ("leave data.label out", {"a.txt": b"a"}, {"label": "y"}),
         ("leave data.label out", {"a.jsonl": JSONL}, {"label": "y", "task": "language"}),
         ("set data.label to the field", {"a.jsonl": JSONL}, {"task": "classification"}),

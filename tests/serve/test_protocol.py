@@ -58,7 +58,10 @@ def test_an_image_is_the_same_as_numbers_as_base64_and_as_a_file() -> None:
 
 def test_rows_keep_their_order() -> None:
     rows = [{"age": age, "job": job} for age, job in ((1, "a"), (2.5, "b"), (3, None))]
-    assert parse(TABLE, rows) == {"age": [1.0, 2.5, 3.0], "job": ["a", "b", None]}
+    assert parse(TABLE, rows) == {
+        "numbers": [[1.0], [2.5], [3.0]],
+        "x.job": ["a", "b", None],
+    }
 
 
 @pytest.mark.parametrize("features", [GREY, COLOUR, TABLE], ids=["grey", "colour", "table"])

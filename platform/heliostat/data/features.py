@@ -4,9 +4,13 @@ import base64
 import binascii
 import io
 import math
+import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import repeat
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +18,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from heliostat.errors import HeliostatError
-from heliostat.signature import Blocks, Input, NextToken, Numbers, Output, Picture, Text, Vector
+from heliostat.signature import (
+    Blocks,
+    Input,
+    Interaction,
+    NextToken,
+    Numbers,
+    Output,
+    Picture,
+    Series,
+    Text,
+    Vector,
+)
 
 Columns = dict[str, NDArray[Any]]
 Arrays = tuple[NDArray[Any], ...]
@@ -22,9 +37,15 @@ Arrays = tuple[NDArray[Any], ...]
 IMAGE = "image"
 TOKENS = "tokens"
 TEXT = "text"
+NUMBERS = "numbers"  # all numeric columns of a table side by side
+SERIES = "series"
+COLUMN_PREFIX = "x."  # of the other columns of a table
 MAX_PIXELS = 64_000_000
 MAX_NUMBER = 1e100  # so that squares and their sums are numbers too
 MAX_DEVIATIONS = 1e6  # so that any number is one in 32 bits, and stays one in a model
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_LISTED = 20
+WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0*")
 MISSING_TEXTS = frozenset({"", "NA", "N/A", "nan", "NaN", "null", "None", "?"})
 BROKEN_IMAGE = (
     OSError,
@@ -79,8 +100,77 @@ class CategoryColumn:
 
 
 @dataclass(frozen=True)
+class IdColumn:
+    """Who or what a row is about: its place among `values` from 1 on, and 0 where it is not there.
+
+    `values` are all that the training split has, as texts; a whole number has no decimal point.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    @cached_property
+    def places(self) -> dict[str | None, int]:
+        return {value: place for place, value in enumerate(self.values, start=1)}
+
+
+Column = NumericColumn | CategoryColumn | IdColumn
+COLUMN_KINDS = {"numeric": NumericColumn, "category": CategoryColumn, "id": IdColumn}
+
+
+@dataclass(frozen=True)
 class TableFeatures:
-    columns: tuple[NumericColumn | CategoryColumn, ...]
+    """`unused` are the places, among the numbers that a row is stored with, of dropped columns."""
+
+    columns: tuple[Column, ...]
+    unused: tuple[int, ...] = ()
+
+    @cached_property
+    def numeric(self) -> tuple[NumericColumn, ...]:
+        return tuple(column for column in self.columns if isinstance(column, NumericColumn))
+
+    @cached_property
+    def ids(self) -> tuple[IdColumn, ...]:
+        return tuple(column for column in self.columns if isinstance(column, IdColumn))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(column.name for column in self.columns)
+
+    @cached_property
+    def slots(self) -> "Slots":
+        return _assign_slots(self)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which of a row's `width` inputs each column has, with what scales all numbers at once.
+
+    `numbers` and `flags` are the inputs of the numeric columns and of those `flagged` for missing
+    values; `categories` are (column, input of each value, input of all others).
+    """
+
+    width: int
+    numbers: NDArray[np.intp]
+    flagged: NDArray[np.intp]
+    flags: NDArray[np.intp]
+    categories: tuple[tuple[str, dict[str, int], int], ...]
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SeriesFeatures:
+    """`length` is that of the longest row of all splits; `mean` and `std` are per channel.
+
+    A length is a shape, like the height of an image, so it is not a statistic of the training
+    split: a row that is longer than any training row is still read whole.
+    """
+
+    length: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -106,48 +196,61 @@ class TextFeatures:
     tokenizer: str
 
 
-Features = ImageFeatures | TableFeatures | BlockFeatures | TextFeatures
+Features = ImageFeatures | TableFeatures | SeriesFeatures | BlockFeatures | TextFeatures
+FEATURE_KINDS = {
+    "image": ImageFeatures,
+    "series": SeriesFeatures,
+    "blocks": BlockFeatures,
+    "text": TextFeatures,
+}
 
 
 def features_to_json(features: Features) -> dict[str, Any]:
-    """The features as plain JSON values; many numbers of tokens as base64 of 16 bits each."""
-    match features:
-        case ImageFeatures():
-            return {"kind": "image", **asdict(features)}
-        case BlockFeatures():
-            sizes = base64.b64encode(np.array(features.token_bytes, "<u2").tobytes()).decode()
-            return {"kind": "blocks", **asdict(features), "token_bytes": sizes}
-        case TextFeatures():
-            return {"kind": "text", **asdict(features)}
-    return {
-        "kind": "table",
-        "columns": [
-            {"kind": "numeric" if isinstance(column, NumericColumn) else "category"}
-            | asdict(column)
-            for column in features.columns
-        ],
-    }
+    """The features as plain JSON values."""
+    if isinstance(features, TableFeatures):
+        columns = [
+            {"kind": _kind_of(COLUMN_KINDS, column)} | asdict(column) for column in features.columns
+        ]
+        return {"kind": "table", "columns": columns, "unused": list(features.unused)}
+    fields = asdict(features)
+    if isinstance(features, BlockFeatures):  # so many numbers that they stand as 16 bits in base64
+        sizes = np.array(features.token_bytes, "<u2").tobytes()
+        fields["token_bytes"] = base64.b64encode(sizes).decode()
+    return {"kind": _kind_of(FEATURE_KINDS, features), **fields}
 
 
 def features_from_json(document: dict[str, Any]) -> Features:
     """The inverse of `features_to_json`."""
     fields = dict(document)
-    match fields.pop("kind"):
-        case "table":
-            return TableFeatures(tuple(map(_column_from_json, fields["columns"])))
-        case "blocks":
-            sizes = np.frombuffer(base64.b64decode(fields["token_bytes"]), "<u2")
-            return BlockFeatures(**fields | {"token_bytes": tuple(sizes.tolist())})
-        case "text":
-            return TextFeatures(**fields)
-    return ImageFeatures(**fields | {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+    kind = fields.pop("kind")
+    if kind == "table":
+        return TableFeatures(
+            tuple(map(_column_from_json, fields["columns"])), tuple(fields["unused"])
+        )
+    if kind == "blocks":
+        sizes = np.frombuffer(base64.b64decode(fields["token_bytes"]), "<u2")
+        fields["token_bytes"] = sizes.tolist()
+    features: Features = FEATURE_KINDS[kind](
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+    )
+    return features
 
 
-def _column_from_json(document: dict[str, Any]) -> NumericColumn | CategoryColumn:
-    fields = dict(document)
-    if fields.pop("kind") == "numeric":
-        return NumericColumn(**fields)
-    return CategoryColumn(fields["name"], tuple(fields["values"]))
+def _kind_of(kinds: dict[str, Any], value: object) -> str:
+    return next(kind for kind, known in kinds.items() if isinstance(value, known))
+
+
+def _column_from_json(document: dict[str, Any]) -> Column:
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in document.items()
+        if name != "kind"
+    }
+    column: Column = COLUMN_KINDS[document["kind"]](**fields)
+    return column
 
 
 def input_of(features: Features) -> Input:
@@ -155,11 +258,17 @@ def input_of(features: Features) -> Input:
     match features:
         case ImageFeatures():
             return Picture(features.channels, features.height, features.width)
+        case SeriesFeatures():
+            return Series(features.length, features.channels)
         case BlockFeatures():
             return Blocks(features.length, features.vocab, features.end)
         case TextFeatures():
             return Text(features.length, features.vocab)
-    return Vector(sum(map(_column_width, features.columns)))
+        case TableFeatures():
+            if features.ids:
+                sizes = tuple(len(column.values) + 1 for column in features.ids)
+                return Interaction(sizes, features.slots.width)
+            return Vector(features.slots.width)
 
 
 def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
@@ -168,21 +277,25 @@ def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
 
 
 def encode(features: Features, columns: Columns) -> Arrays:
-    """The arrays of `input_of(features)`, from columns as the shards hold them.
+    """The arrays of `input_of(features)`, from columns as `to_columns` and `parse_instances` give.
 
-    An image column is (N, height, width, channels) in 0..255, a numeric column float64 with NaN
-    where missing, a category column objects: str, or None where missing. Tokens are (N, length) or,
-    of single texts, objects: an array of ids each.
+    Those of images are (N, height, width, channels) in 0..255. Those of a table are NUMBERS,
+    float64 (N, numeric columns) with NaN where missing, and objects for each other column: str, or
+    None where missing. A series is an object: float32 (length, channels) with NaN where missing.
+    Tokens are (N, length) or, of single texts, objects: the ids of each.
     """
     match features:
         case ImageFeatures():
             return (_encode_image(features, columns[IMAGE]),)
+        case SeriesFeatures():
+            return _encode_series(features, columns[SERIES])
         case BlockFeatures():
             return (columns[TOKENS].astype(np.int64),)
         case TextFeatures():
             return _pad(columns[TOKENS])
-    blocks = [_encode_column(column, columns[column.name]) for column in features.columns]
-    return (np.concatenate(blocks, axis=1),)
+        case TableFeatures():
+            inputs = _encode_table(features, columns)
+            return (_encode_ids(features, columns), inputs) if features.ids else (inputs,)
 
 
 def encode_targets(output: Output, columns: Columns) -> NDArray[Any]:
@@ -194,7 +307,8 @@ def encode_targets(output: Output, columns: Columns) -> NDArray[Any]:
         return columns[TOKENS].astype(np.int64)
     label = columns["label"]
     if isinstance(output, Numbers):
-        return np.asarray((label - output.mean) / np.array(output.std), np.float32)
+        numbers = label.reshape(len(label), len(output.names))
+        return np.asarray((numbers - output.mean) / np.array(output.std), np.float32)
     return label.astype(np.int64)
 
 
@@ -202,8 +316,10 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
     """The columns that `encode` takes, from the JSON values of a request.
 
     An image is a nested list of numbers in 0..255 (height x width, and x channels if there are
-    several) or {"b64": a PNG or JPEG file}; a table row is an object of column: value. A text, or
-    {"text": a text}, becomes the column `text`: who has the tokenizer makes `tokens` of it.
+    several) or {"b64": a PNG or JPEG file}; a table row is an object of column: value; a series is
+    a list of steps, each a list of a number, or null, per channel (or one, not a list, if there is
+    one channel). A text, or {"text": a text}, becomes the column `text`: who has the tokenizer
+    makes `tokens` of it.
 
     Raises:
         FieldError: a value that the model cannot take, by its path.
@@ -213,6 +329,8 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
     match features:
         case ImageFeatures():
             return {IMAGE: _parse_images(features, instances)}
+        case SeriesFeatures():
+            return {SERIES: stack_series(_parse_all_series(features, instances))}
         case TextFeatures():
             texts = [_parse_document(text, f"instances[{i}]") for i, text in enumerate(instances)]
             return {TEXT: np.array(texts, dtype=object)}
@@ -265,6 +383,17 @@ def parse_number(text: str) -> float | None:
     return number if abs(number) <= MAX_NUMBER and "_" not in text else None
 
 
+def shorten_number(text: str) -> str:
+    """A whole number without its decimal point, so that 5 and 5.0 are one label or id."""
+    match = WHOLE_NUMBER.fullmatch(text)
+    return match[1] if match else text
+
+
+def write_number(value: float) -> str:
+    """The shortest text of a number, a whole one without a decimal point."""
+    return str(int(value)) if value % 1 == 0 else repr(value)
+
+
 def _flatten(image: Image.Image) -> Image.Image:
     """Without transparency (on white, as a browser shows it) and with 8 bits per channel."""
     if image.mode.startswith("I"):
@@ -296,33 +425,92 @@ def _pad(rows: NDArray[Any]) -> Arrays:
     return padded, lengths
 
 
-def _column_width(column: NumericColumn | CategoryColumn) -> int:
-    if isinstance(column, NumericColumn):
-        return 1 + column.has_missing
-    return len(column.values) + 1
+def _encode_series(features: SeriesFeatures, rows: NDArray[Any]) -> Arrays:
+    """Zero, after standardising, is what stands where a value is missing or a row has ended."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    inputs = np.zeros((len(rows), lengths.max(initial=1), features.channels), np.float32)
+    mean, std = np.array(features.mean, np.float64), np.array(features.std, np.float64)
+    for row, values in enumerate(rows):
+        inputs[row, : len(values)] = _standardise(values, mean, std)
+    return inputs, lengths
 
 
-def _encode_column(
-    column: NumericColumn | CategoryColumn, values: NDArray[Any]
-) -> NDArray[np.float32]:
-    if isinstance(column, NumericColumn):
-        return _encode_numbers(column, values)
-    return _encode_texts(column, values)
+def stack_series(rows: Sequence[NDArray[np.float32]]) -> NDArray[Any]:
+    """Series of any lengths as one array of objects, as `encode` takes them."""
+    stacked = np.empty(len(rows), object)
+    for index, row in enumerate(rows):
+        stacked[index] = row
+    return stacked
 
 
-def _encode_numbers(column: NumericColumn, values: NDArray[Any]) -> NDArray[np.float32]:
-    missing = np.isnan(values)
+def _standardise(
+    values: NDArray[Any], mean: NDArray[np.float64], std: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Deviations of the last axis, 0 where a value is missing."""
     with np.errstate(over="ignore"):
-        deviations = ((values - column.mean) / column.std).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-    normal = np.where(missing, 0.0, deviations)
-    inputs = [normal, missing] if column.has_missing else [normal]
-    return np.stack(inputs, axis=1).astype(np.float32)
+        deviations = ((values - mean) / std).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+    deviations[np.isnan(deviations)] = 0.0
+    return cast(NDArray[np.float64], deviations)
 
 
-def _encode_texts(column: CategoryColumn, values: NDArray[Any]) -> NDArray[np.float32]:
-    slots: dict[str | None, int] = {value: slot for slot, value in enumerate(column.values)}
-    hot = [slots.get(value, len(slots)) for value in values]
-    return np.eye(len(slots) + 1, dtype=np.float32)[hot]
+def _assign_slots(features: TableFeatures) -> Slots:
+    """Inputs in the order of the columns; an id has none here, it is looked up instead."""
+    numbers: list[int] = []
+    flagged, flags, categories, width = [], [], [], 0
+    for column in features.columns:
+        match column:
+            case NumericColumn(has_missing=has_missing):
+                if has_missing:
+                    flagged.append(len(numbers))
+                    flags.append(width + 1)
+                numbers.append(width)
+                width += 1 + has_missing
+            case CategoryColumn(values=values):
+                places = {value: width + place for place, value in enumerate(values)}
+                categories.append((COLUMN_PREFIX + column.name, places, width + len(values)))
+                width += len(values) + 1
+    return Slots(
+        width,
+        np.array(numbers, np.intp),
+        np.array(flagged, np.intp),
+        np.array(flags, np.intp),
+        tuple(categories),
+        np.array([column.mean for column in features.numeric], np.float64),
+        np.array([column.std for column in features.numeric], np.float64),
+    )
+
+
+def _encode_table(features: TableFeatures, columns: Columns) -> NDArray[np.float32]:
+    slots = features.slots
+    rows = _count_rows(features, columns)
+    inputs = np.zeros((rows, slots.width), np.float32)
+    if features.numeric:
+        numbers = columns[NUMBERS]
+        inputs[:, slots.numbers] = _standardise(numbers, slots.mean, slots.std)
+        inputs[:, slots.flags] = np.isnan(numbers[:, slots.flagged])
+    for name, places, other in slots.categories:
+        inputs[np.arange(rows), _look_up(places, columns[name], other)] = 1
+    return inputs
+
+
+def _encode_ids(features: TableFeatures, columns: Columns) -> NDArray[np.int64]:
+    found = [
+        _look_up(column.places, columns[COLUMN_PREFIX + column.name], 0) for column in features.ids
+    ]
+    return np.stack(found, axis=1)
+
+
+def _look_up(places: dict[Any, int], values: NDArray[Any], other: int) -> NDArray[np.int64]:
+    """A hash table outruns a binary search and Arrow's `index_in`, which builds one every time."""
+    return np.fromiter(map(places.get, values, repeat(other)), np.int64, len(values))
+
+
+def _count_rows(features: TableFeatures, columns: Columns) -> int:
+    if not features.columns:
+        return 0
+    column = features.columns[0]
+    is_number = isinstance(column, NumericColumn)
+    return len(columns[NUMBERS if is_number else COLUMN_PREFIX + column.name])
 
 
 def _parse_images(features: ImageFeatures, instances: list[object]) -> NDArray[Any]:
@@ -380,47 +568,107 @@ def _parse_document(instance: object, path: str) -> str:
     return instance
 
 
+def _parse_all_series(
+    features: SeriesFeatures, instances: list[object]
+) -> list[NDArray[np.float32]]:
+    return [
+        _parse_series(features, instance, f"instances[{index}]")
+        for index, instance in enumerate(instances)
+    ]
+
+
+def _parse_series(features: SeriesFeatures, instance: object, path: str) -> NDArray[np.float32]:
+    if not isinstance(instance, list) or not 0 < len(instance) <= features.length:
+        raise FieldError(path, f"must be a list of 1 to {features.length:,} steps")
+    for index, step in enumerate(instance):
+        _check_step(step, features.channels, f"{path}[{index}]")
+    return np.array(instance, np.float32).reshape(len(instance), features.channels)
+
+
+def _check_step(step: object, channels: int, path: str) -> None:
+    if channels == 1 and not isinstance(step, list):
+        step = [step]
+    if not isinstance(step, list) or len(step) != channels:
+        raise FieldError(path, f"must be a list of {channels} numbers, one per channel")
+    for index, value in enumerate(step):
+        if value is not None and not _is_number(value, MAX_FLOAT32):
+            raise FieldError(f"{path}[{index}]", f"must be a number of at most {MAX_FLOAT32:g}")
+
+
 def _parse_rows(features: TableFeatures, instances: list[object]) -> Columns:
     for index, instance in enumerate(instances):
         _check_row(features, instance, f"instances[{index}]")
     rows = cast(list[dict[str, object]], instances)
-    return {
-        column.name: _parse_column(column, [row.get(column.name) for row in rows])
+    texts = {
+        COLUMN_PREFIX + column.name: _parse_texts(column, [row.get(column.name) for row in rows])
         for column in features.columns
+        if not isinstance(column, NumericColumn)
     }
+    return {NUMBERS: _parse_numbers(features.numeric, rows), **texts}
 
 
 def _check_row(features: TableFeatures, instance: object, path: str) -> None:
     if not isinstance(instance, dict):
         raise FieldError(path, "must be an object of column: value")
-    names = [column.name for column in features.columns]
     for name in instance:
-        if name not in names:
-            raise FieldError(f"{path}.{name}", f"is unknown, the columns are {', '.join(names)}")
+        if name not in features.names:
+            names = [column.name for column in features.columns]
+            listed = ", ".join(names[:MAX_LISTED]) + ", ..." * (len(names) > MAX_LISTED)
+            raise FieldError(f"{path}.{name}", f"is unknown, the columns are {listed}")
 
 
-def _parse_column(column: NumericColumn | CategoryColumn, values: list[object]) -> NDArray[Any]:
-    paths = [f"instances[{index}].{column.name}" for index in range(len(values))]
-    pairs = zip(values, paths, strict=True)
-    if isinstance(column, NumericColumn):
-        return np.array([_parse_float(column, *pair) for pair in pairs], dtype=np.float64)
-    return np.array([_parse_text(column, *pair) for pair in pairs], dtype=object)
+def _parse_numbers(
+    columns: tuple[NumericColumn, ...], rows: list[dict[str, object]]
+) -> NDArray[np.float64]:
+    """(rows, columns) with NaN where missing."""
+    numbers = np.empty((len(rows), len(columns)), np.float64)
+    for index, row in enumerate(rows):
+        values: list[Any] = [row.get(column.name) for column in columns]
+        numbers[index] = [value if _is_number(value) else math.nan for value in values]
+    for index, place in np.argwhere(np.isnan(numbers)):
+        column = columns[place]
+        path = f"instances[{index}].{column.name}"
+        _check_missing(column, rows[index].get(column.name), path)
+    return numbers
 
 
-def _parse_float(column: NumericColumn, value: object, path: str) -> float:
-    if value is None and column.has_missing:
-        return math.nan
-    if value is None:
-        raise FieldError(path, "is required: training saw no row without it")
-    if type(value) not in (int, float) or not abs(cast(float, value)) <= MAX_NUMBER:
+def _check_missing(column: NumericColumn, value: object, path: str) -> None:
+    if value is not None:
         raise FieldError(path, f"must be a number of at most {MAX_NUMBER:g}")
-    return float(cast(float, value))
+    if not column.has_missing:
+        raise FieldError(path, "is required: training saw no row without it")
 
 
-def _parse_text(column: CategoryColumn, value: object, path: str) -> str | None:
+def _is_number(value: object, most: float = MAX_NUMBER) -> bool:
+    return type(value) in (int, float) and abs(cast(float, value)) <= most
+
+
+def _parse_texts(column: CategoryColumn | IdColumn, values: list[object]) -> NDArray[Any]:
+    parse = _parse_id if isinstance(column, IdColumn) else _parse_text
+    parsed = np.empty(len(values), object)
+    parsed[:] = [
+        parse(column, value, f"instances[{index}].{column.name}")
+        for index, value in enumerate(values)
+    ]
+    return parsed
+
+
+def _parse_text(column: CategoryColumn | IdColumn, value: object, path: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
         example = f', as "{column.values[0]}"' if column.values else ""
         raise FieldError(path, f"must be a string{example}")
     return clean_text(value)
+
+
+def _parse_id(column: CategoryColumn | IdColumn, value: object, path: str) -> str | None:
+    """The same text for 5, 5.0 and "5"; None, which is as good as unseen, where it is missing."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        text = clean_text(value)
+        return text and shorten_number(text)
+    if not _is_number(value):
+        raise FieldError(path, "must be a string or a number")
+    return write_number(cast(float, value))

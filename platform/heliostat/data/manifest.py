@@ -13,7 +13,7 @@ from heliostat.spec import check_name, digest
 from heliostat.storage import Entry, Missing, Store
 
 SPLITS = ("train", "validation", "test")
-SHARD_FORMAT = 1
+SHARD_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from itertools import islice
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from numpy.typing import NDArray
 from ray.data.context import DataContext, ShuffleStrategy
 
-from heliostat.data import images, tables, text
+from heliostat.data import images, series, tables, text
 from heliostat.data.manifest import (
     SPLITS,
     Manifest,
@@ -35,7 +37,13 @@ from heliostat.data.manifest import (
     load_manifest,
     shard_from_json,
 )
-from heliostat.data.measure import measure, settle_features, unigram_nats
+from heliostat.data.measure import (
+    measure,
+    measure_numbers,
+    settle_features,
+    settle_numbers,
+    unigram_nats,
+)
 from heliostat.data.raw import (
     Form,
     Found,
@@ -45,12 +53,14 @@ from heliostat.data.raw import (
     TextLayout,
     Unit,
     find_source,
+    label_type,
     raw_schema,
 )
 from heliostat.data.shards import (
     REJECTED,
     cut_points,
     is_test_file,
+    label_values,
     order_of,
     split_at,
     write_shard,
@@ -66,9 +76,10 @@ FORMS: dict[str, Form] = {
     "idx": images.IDX,
     "csv": tables.CSV,
     "parquet": tables.PARQUET,
+    "series": series.SERIES_FILES,
     "text": text.TEXTS,
 }
-CODE_FORMAT = 1
+CODE_FORMAT = 2
 MIB = 1024 * 1024
 PROGRESS_SECONDS = 5.0
 MAX_EXAMPLES = 1000
@@ -103,6 +114,7 @@ def prepare(spec: RunSpec) -> Manifest:
     probe(store)
     source = find_source(spec.data)
     _check_apart(source, store)
+    _check_task(source.form, spec.data)
     print(f"{source.store.uri}: {source.form} - {source.reason}", flush=True)
     fingerprint = _fingerprint(source, spec.data)
     if manifest := _find_prepared(store, spec.name, fingerprint):
@@ -162,6 +174,14 @@ def _check_apart(source: Source, store: Store) -> None:
         raise HeliostatError(
             f"root {store.uri} lies inside data.source {source.store.uri}, so prepared data would "
             "be read as raw data: choose another root, or a source beside it"
+        )
+
+
+def _check_task(form: str, data: DataSpec) -> None:
+    tasks = FORMS[form].tasks
+    if data.task not in ("auto", *tasks):
+        raise HeliostatError(
+            f"data.task is {data.task}, but the labels of {form} are for {' or '.join(tasks)}"
         )
 
 
@@ -322,6 +342,8 @@ def _place(plan: Plan, rows: pa.Table) -> pa.Table:
             *(rows[name].to_pylist() for name in ("id", "object", "problem")), strict=True
         )
     ]
+    if plan.layout.targets:
+        return _with_order(rows, orders, rows["label"])
     labels = pc.index_in(rows["label"], pa.array(plan.labels, pa.string()))
     return _with_order(rows, orders, labels)
 
@@ -330,12 +352,14 @@ def _place_failure(plan: Plan, sentence: str) -> pa.Table:
     schema = raw_schema(plan.layout)
     row = {"id": sentence, "problem": sentence}
     rows = pa.table({field.name: pa.array([row.get(field.name)], field.type) for field in schema})
-    return _with_order(rows, [FAILED], pa.array([None], pa.int32()))
+    targets = plan.layout.targets
+    label = label_type(targets) if targets else pa.int32()
+    return _with_order(rows, [FAILED], pa.array([None], label))
 
 
 def _with_order(rows: pa.Table, orders: list[int], labels: pa.Array) -> pa.Table:
     label = rows.schema.get_field_index("label")
-    placed = rows.set_column(label, pa.field("label", pa.int32()), labels)
+    placed = rows.set_column(label, pa.field("label", labels.type), labels)
     return placed.drop_columns(["object"]).append_column("order", pa.array(orders, pa.int64()))
 
 
@@ -378,13 +402,19 @@ def _write(plan: Plan, block: pa.Table) -> Outcome:
     sound = stored is not None and stored.size == len(data) and holds(plan.store, key, sha256)
     etag = stored.etag if stored and sound else plan.store.write(key, data)
     shard = Shard(key, split, rows.num_rows, len(data), sha256, footer, groups, etag)
+    is_class, is_training = not plan.layout.targets, split == "train"
     return {
         "shard": asdict(shard),
         "schema": {field.name: str(field.type) for field in rows.schema},
         "read": read.num_rows,
-        "labels": Counter(read["label"].to_pylist()) if plan.labels else {},
-        "statistics": measure(plan.layout, rows) if split == "train" else None,
+        "labels": Counter(read["label"].drop_null().to_pylist()) if is_class else {},
+        "targets": measure_numbers(_targets(read)) if is_training and not is_class else [],
+        "statistics": measure(plan.layout, rows) if is_training else None,
     }
+
+
+def _targets(rows: pa.Table) -> NDArray[np.float64]:
+    return label_values(rows["label"]).reshape(rows.num_rows, -1)
 
 
 def _describe_shard(shard: dict[str, Any]) -> str:
@@ -436,10 +466,7 @@ def _progress(rows: int) -> Iterator[Any]:
 
 def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str, Any]:
     """What was read and what could not be used."""
-    kept = Counter[str]()
-    for outcome in outcomes:
-        if "shard" in outcome:
-            kept[outcome["shard"]["split"]] += outcome["read"]
+    kept = sum(outcome["read"] for outcome in outcomes if "shard" in outcome)
     rejected = [outcome for outcome in outcomes if "bad" in outcome]
     bad = sum((Counter(outcome["bad"]) for outcome in rejected), Counter[str]())
     return {
@@ -447,12 +474,19 @@ def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str
         "format": source.form,
         "objects": len(source.entries),
         "objects_ignored": source.ignored,
-        "rows_read": kept.total() + bad.total(),
+        "rows_read": kept + bad.total(),
         "rows_bad": bad.total(),
         "problems": dict(bad),
         "examples": [example for outcome in rejected for example in outcome["examples"]],
-        "rows_by_split": {split: kept[split] for split in SPLITS},
+        "rows_by_split": _count_splits(outcomes),
         "rows_by_class": _count_classes(survey, outcomes),
+    }
+
+
+def _count_splits(outcomes: list[Outcome]) -> dict[str, int]:
+    shards = [outcome["shard"] for outcome in outcomes if "shard" in outcome]
+    return {
+        split: sum(shard["rows"] for shard in shards if shard["split"] == split) for split in SPLITS
     }
 
 
@@ -495,9 +529,8 @@ def _assemble(
     statistics = [outcome["statistics"] for outcome in written if outcome["statistics"]]
     features, notes = settle_features(survey.layout, statistics, spec.data)
     nats = unigram_nats(survey.layout, statistics)
-    unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
-    if unseen:
-        notes.append(f"classes without a training row: {', '.join(unseen)}")
+    output, label_notes = _settle_output(survey, written, report)
+    notes += label_notes
     for note in notes:
         print(note, flush=True)
     unversioned = Manifest(
@@ -506,8 +539,8 @@ def _assemble(
         source=source.store.uri,
         format=source.form,
         schema=written[0]["schema"],
-        output=Classes(survey.labels) if survey.labels else NextToken(),
-        rows={split: sum(s.rows for s in shards if s.split == split) for split in SPLITS},
+        output=output,
+        rows=report["rows_by_split"],
         features=features,
         shards=shards,
         spec=spec.data.model_dump(mode="json"),
@@ -516,6 +549,18 @@ def _assemble(
         | ({"unigram_nats": nats} if nats is not None else {}),
     )
     return replace(unversioned, version=content_version(unversioned))
+
+
+def _settle_output(
+    survey: Survey, written: list[Outcome], report: dict[str, Any]
+) -> tuple[Output, list[str]]:
+    if targets := survey.layout.targets:
+        return settle_numbers(targets, [o["targets"] for o in written if o["targets"]])
+    unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
+    notes = [f"classes without a training row: {', '.join(unseen)}"] if unseen else []
+    if not survey.labels:
+        return NextToken(), notes
+    return Classes(survey.labels), notes
 
 
 def _publish(store: Store, manifest: Manifest, report: dict[str, Any], fingerprint: str) -> None:

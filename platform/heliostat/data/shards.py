@@ -4,20 +4,27 @@ import hashlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from heliostat.data.features import (
+    COLUMN_PREFIX,
     IMAGE,
+    NUMBERS,
+    SERIES,
     TOKENS,
     BlockFeatures,
     Columns,
     Features,
     ImageFeatures,
     NumericColumn,
+    SeriesFeatures,
     TextFeatures,
+    stack_series,
     token_type,
 )
 from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
@@ -26,7 +33,6 @@ from heliostat.errors import HeliostatError
 from heliostat.spec import SplitSpec
 from heliostat.storage import Store
 
-COLUMN_PREFIX = "x."
 WEIGHT = "weight"  # of rows whose loss has more than one term, as the tokens of a text
 ORDER_BITS = 60
 REJECTED = len(SPLITS) << ORDER_BITS
@@ -111,29 +117,64 @@ def to_columns(features: Features, table: pa.Table) -> Columns:
     """The columns that `encode` takes, from rows of a shard."""
     if isinstance(features, ImageFeatures):
         shape = (-1, features.height, features.width, features.channels)
-        return {IMAGE: fixed_bytes(table, IMAGE).reshape(shape)}
+        return {IMAGE: image_bytes(table).reshape(shape)}
+    if isinstance(features, SeriesFeatures):
+        return {SERIES: stack_series(series_values(table, features.channels))}
     if isinstance(features, BlockFeatures):
-        return {TOKENS: fixed_bytes(table, TOKENS).view(token_type(features.vocab))}
+        return {TOKENS: row_bytes(table, TOKENS).view(token_type(features.vocab))}
     if isinstance(features, TextFeatures):
         rows = table[TOKENS].combine_chunks()
         parts = np.split(rows.flatten().to_numpy(), np.cumsum(rows.value_lengths())[:-1])
-        return {TOKENS: np.fromiter(parts, dtype=object, count=len(rows))}
-    return {
-        column.name: table[COLUMN_PREFIX + column.name].to_numpy(zero_copy_only=False)
-        if isinstance(column, NumericColumn)
-        else np.array(table[COLUMN_PREFIX + column.name].to_pylist(), dtype=object)
+        return {TOKENS: stack_series(parts if len(rows) else [])}
+    texts = {
+        name: table[name].to_numpy(zero_copy_only=False)
         for column in features.columns
+        if not isinstance(column, NumericColumn)
+        for name in [COLUMN_PREFIX + column.name]
     }
+    if not features.numeric:
+        return texts
+    numbers = row_bytes(table, NUMBERS).view(np.float64)
+    kept = np.delete(numbers, features.unused, axis=1) if features.unused else numbers
+    return {NUMBERS: kept, **texts}
 
 
-def fixed_bytes(table: pa.Table, name: str) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """A column of values of one width, (rows, bytes of a value), without a copy if it can."""
+def label_values(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Labels as numbers: (rows,) of int32 or float64, or float64 (rows, names)."""
+    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+        return cast(npt.NDArray[Any], column.to_numpy())
+    values = column.combine_chunks().flatten().to_numpy()
+    return cast(npt.NDArray[Any], values.reshape(len(column), -1) if len(column) else values)
+
+
+def series_values(table: pa.Table, channels: int) -> list[npt.NDArray[np.float32]]:
+    """Each row of a shard as (steps, channels)."""
+    column = table[SERIES].combine_chunks()
+    values = column.flatten().to_numpy()
+    ends = np.cumsum(column.value_lengths().to_numpy())
+    return [part.reshape(-1, channels) for part in np.split(values, ends[:-1])] if len(ends) else []
+
+
+def image_bytes(table: pa.Table) -> npt.NDArray[np.uint8]:
+    """The pixels of a shard's rows, (rows, height * width * channels), without a copy if it can."""
+    return row_bytes(table, IMAGE)
+
+
+def row_bytes(table: pa.Table, name: str) -> npt.NDArray[np.uint8]:
+    """A column of bytes as (rows, bytes of a row), without a copy if it can."""
     column = table[name].combine_chunks()
     width = column.type.byte_width
     if not len(column):
         return np.empty((0, width), np.uint8)
     data = np.frombuffer(column.buffers()[1], np.uint8)
     return data[column.offset * width :][: len(column) * width].reshape(len(column), width)
+
+
+def pack_rows(numbers: npt.NDArray[np.float64]) -> pa.Array:
+    """(rows, columns) as one column of bytes."""
+    rows, columns = numbers.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(numbers, "<f8"))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * columns), rows, buffers)
 
 
 def _hash(row_id: str, seed: int) -> tuple[int, int]:

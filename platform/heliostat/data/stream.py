@@ -15,7 +15,7 @@ import ray.data
 
 from heliostat.data.manifest import Manifest, Shard
 from heliostat.data.order import Chunk, Order, share
-from heliostat.data.shards import WEIGHT, read_group, to_columns
+from heliostat.data.shards import WEIGHT, label_values, read_group, to_columns
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
 
@@ -26,9 +26,6 @@ CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
 CHUNKS_KEPT = 8
 CHUNKS_AHEAD = 2
 PARALLEL_READS = 4
-
-# What a text that is its own target lacks, and what only rows of several terms have.
-EXTRAS = ("label", WEIGHT)
 
 Columns = Mapping[str, npt.NDArray[Any]]
 
@@ -240,8 +237,10 @@ def _weigh(rows: pa.Table) -> int:
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:
-    columns = to_columns(manifest.features, table)
-    return columns | {name: table[name].to_numpy() for name in EXTRAS if name in table.column_names}
+    columns = dict(to_columns(manifest.features, table))
+    if "label" in table.column_names:  # else the row is its own target
+        columns["label"] = label_values(table["label"])
+    return columns
 
 
 def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:

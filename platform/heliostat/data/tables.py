@@ -1,21 +1,30 @@
-"""Tables as raw data: CSV and Parquet, whose columns are numbers, categories or the label."""
+"""Tables as raw data: CSV and Parquet, whose columns are numbers, categories, ids or labels."""
 
 import csv
 import io
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from heliostat.data.features import MAX_NUMBER, clean_text, parse_number
+from heliostat.data.features import (
+    COLUMN_PREFIX,
+    MAX_NUMBER,
+    NUMBERS,
+    clean_text,
+    parse_number,
+    shorten_number,
+    write_number,
+)
 from heliostat.data.ranged import RangedFile
 from heliostat.data.raw import (
     MAX_LABELS,
@@ -30,7 +39,7 @@ from heliostat.data.raw import (
     raw_rows,
     sort_labels,
 )
-from heliostat.data.shards import COLUMN_PREFIX
+from heliostat.data.shards import pack_rows
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 from heliostat.storage import Store
@@ -39,7 +48,7 @@ BATCH_ROWS = 4096
 NUMERIC_SHARE = 0.95
 DELIMITERS = ",;\t|"
 MAX_FIELD_CHARACTERS = 16 * 1024 * 1024
-WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0*")
+MAX_LISTED = 20
 NUMERIC_TYPES = ("is_integer", "is_floating", "is_decimal", "is_timestamp", "is_date")
 TEXT_TYPES = ("is_string", "is_large_string", "is_string_view")
 CATEGORY_OR_NUMERIC = ("numeric", "category")
@@ -62,25 +71,58 @@ def _split_tables(source: Source) -> list[Unit]:
 def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: DataSpec) -> Survey:
     """What follows from the surveys of all files and the kind of each column by its content."""
     _check_same_columns(source.store.uri, found)
+    label = label_of(data)
     kept = _keep_columns(kinds, data)
     rows = sum(part["rows"] for part in found)
     labels = {label for part in found for label in part["labels"]}
+    place = f"the column {label} of {source.store.uri}"
     return Survey(
-        TableLayout(str(data.label), kept),
-        sort_labels(labels, f"the column {data.label} of {source.store.uri}"),
+        TableLayout(label, kept),
+        sort_labels(labels, place) if isinstance(label, str) else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
         tuple(_describe_columns(kinds, kept)),
     )
 
 
-def _check_label(names: list[str], data: DataSpec, place: str) -> str:
-    if data.label and data.label in names:
-        return data.label
+def label_of(data: DataSpec) -> str | tuple[str, ...]:
+    """The column of classes, or the columns of numbers.
+
+    Numbers in one column are classes as often as they are quantities (0 and 1, the digits, a postal
+    code), and nothing in them tells which: task auto takes one column for classes, which is what it
+    always did, and several for numbers, since classes can only be one.
+
+    Raises:
+        HeliostatError: several columns cannot be classes.
+    """
+    names = (data.label,) if isinstance(data.label, str) else data.label or ()
+    if len(set(names)) < len(names):
+        raise HeliostatError(f"data.label is {', '.join(names)}: name each column once")
+    if data.task == "regression" or (data.task == "auto" and len(names) > 1):
+        return names
+    if len(names) > 1:
+        raise HeliostatError(
+            f"data.label is {', '.join(names)}: classes are one column, set data.task=regression "
+            "if these are numbers"
+        )
+    return names[0] if names else ""
+
+
+def _check_label(names: list[str], data: DataSpec, place: str) -> list[str]:
+    """The columns of the label, which must be among `names`."""
+    label = label_of(data)
+    wanted = [label] if isinstance(label, str) else list(label)
+    if wanted and all(name and name in names for name in wanted):
+        return wanted
+    given = ", ".join(wanted) if data.label else None
     raise HeliostatError(
-        f"data.label is {data.label!r}: set it to the column of {place} that is to be predicted, "
-        f"one of {', '.join(filter(None, names))}"
+        f"data.label is {given!r}: set it to the column of {place} that is to be predicted, "
+        f"one of {_list_names(list(filter(None, names)))}"
     )
+
+
+def _list_names(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + ", ..." * (len(names) > MAX_LISTED)
 
 
 def _check_same_columns(uri: str, found: list[Found]) -> None:
@@ -99,11 +141,13 @@ def _list_types(types: Iterable[tuple[str, str]]) -> str:
 
 
 def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
-    features = {name: kind for name, kind in kinds.items() if name not in ("", data.label)}
+    label = label_of(data)
+    labels = (label,) if isinstance(label, str) else label
+    features = {name: kind for name, kind in kinds.items() if name not in ("", *labels)}
     if unknown := data.columns.keys() - features.keys():
         raise HeliostatError(
             f"data.columns names {', '.join(sorted(unknown))}, but the columns beside the label "
-            f"are {', '.join(features)}"
+            f"are {_list_names(list(features))}"
         )
     chosen = features | data.columns
     kept = {name: kind for name, kind in chosen.items() if kind != "ignore"}
@@ -114,15 +158,17 @@ def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
                 f"set data.columns.{name}=ignore"
             )
     if not kept:
-        raise HeliostatError(f"{data.source} has no column beside {data.label} to learn from")
+        raise HeliostatError(
+            f"{data.source} has no column beside {', '.join(labels)} to learn from"
+        )
     return kept
 
 
 def _describe_columns(kinds: dict[str, str], kept: dict[str, str]) -> Iterator[str]:
-    for kind in CATEGORY_OR_NUMERIC:
+    for kind in (*CATEGORY_OR_NUMERIC, "id"):
         names = [name for name in kept if kept[name] == kind]
         if names:
-            yield f"{kind} columns: {', '.join(names)}; set data.columns to change it"
+            yield f"{kind} columns: {_list_names(names)}; set data.columns to change it"
     if "" in kinds:
         yield "a column without a name is ignored"
 
@@ -133,23 +179,51 @@ def _describe_columns(kinds: dict[str, str], kept: dict[str, str]) -> Iterator[s
 def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
     """The rows of a batch in their final types; what cannot be used is named as a problem."""
     problems = list(batch.problems)
-    labels = to_labels(batch.columns[layout.label])
-    _mark(problems, labels.is_null(), "the label is missing")
-    payload: dict[str, pa.Array] = {}
-    for name, kind in layout.kinds.items():
-        column = batch.columns[name]
-        if kind == "numeric":
-            values, wrong = _to_numbers(column)
-            _mark(problems, wrong, f"column {name} is not a number of at most {MAX_NUMBER:g}")
-        else:
-            values = _to_texts(column)
-        payload[COLUMN_PREFIX + name] = values
+    labels = _clean_labels(batch, layout, problems)
+    numbers = np.empty((len(batch.rows), len(layout.numeric)), "<f8")
+    for place, name in enumerate(layout.numeric):
+        numbers[:, place] = _clean_numbers(batch.columns[name], f"column {name}", problems)
+    payload = {NUMBERS: pack_rows(numbers)} if layout.numeric else {}
+    for name in layout.texts:
+        to_texts = to_names if layout.kinds[name] == "id" else _to_texts
+        payload[COLUMN_PREFIX + name] = to_texts(batch.columns[name])
     ids = [f"{key}#{row}" for row in batch.rows]
     return raw_rows(layout, ids, [key] * len(ids), labels, problems, payload)
 
 
-def _mark(problems: list[str | None], where: pa.Array, problem: str) -> None:
-    for index in np.flatnonzero(where.to_numpy(zero_copy_only=False)):
+def _clean_labels(batch: Batch, layout: TableLayout, problems: list[str | None]) -> pa.Array:
+    if isinstance(layout.label, str):
+        labels = to_names(batch.columns[layout.label])
+        _mark(problems, _where_null(labels), "the label is missing")
+        return labels
+    numbers = np.empty((len(batch.rows), len(layout.label)))
+    for place, name in enumerate(layout.label):
+        numbers[:, place] = _clean_numbers(batch.columns[name], f"label {name}", problems)
+        _mark(problems, np.isnan(numbers[:, place]), f"label {name} is missing")
+    flat = pa.array(numbers.ravel())
+    return (
+        flat
+        if len(layout.label) == 1
+        else pa.FixedSizeListArray.from_arrays(flat, len(layout.label))
+    )
+
+
+def _clean_numbers(column: pa.Array, place: str, problems: list[str | None]) -> NDArray[np.float64]:
+    values, wrong = _to_numbers(column)
+    _mark(problems, _to_mask(wrong), f"{place} is not a number of at most {MAX_NUMBER:g}")
+    return cast(NDArray[np.float64], values.to_numpy(zero_copy_only=False))
+
+
+def _where_null(column: pa.Array) -> NDArray[np.bool_]:
+    return _to_mask(column.is_null())
+
+
+def _to_mask(column: pa.Array) -> NDArray[np.bool_]:
+    return cast(NDArray[np.bool_], column.to_numpy(zero_copy_only=False))
+
+
+def _mark(problems: list[str | None], where: NDArray[np.bool_], problem: str) -> None:
+    for index in np.flatnonzero(where):
         problems[index] = problems[index] or problem
 
 
@@ -167,14 +241,13 @@ def _to_texts(column: pa.Array) -> pa.Array:
 def _number_text(value: float | None) -> str | None:
     if value is None or math.isnan(value):
         return None
-    return str(int(value)) if value.is_integer() else repr(value)
+    return write_number(value)
 
 
-def to_labels(column: pa.Array) -> pa.Array:
-    """Texts in which a whole number is written without a decimal point."""
+def to_names(column: pa.Array) -> pa.Array:
+    """Texts in which a whole number is written without a decimal point: of labels and ids."""
     texts = _to_texts(column).to_pylist()
-    whole = [text and (match := WHOLE_NUMBER.fullmatch(text)) and match[1] for text in texts]
-    return pa.array([short or text for short, text in zip(whole, texts, strict=True)], pa.string())
+    return pa.array([text and shorten_number(text) for text in texts], pa.string())
 
 
 def _to_numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -204,7 +277,7 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
     """`labels` and those in `column`; it stops growing where they cannot be classes any more."""
     if len(labels) > MAX_LABELS:
         return labels
-    return labels | set(filter(None, pc.unique(to_labels(column)).to_pylist()))
+    return labels | set(filter(None, pc.unique(to_names(column)).to_pylist()))
 
 
 # --- CSV -----------------------------------------------------------------------------------------
@@ -214,13 +287,15 @@ def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many values of each column there are, and how many of them are numbers."""
     rows, labels = 0, set[str]()
     with open_csv(store, unit["key"]) as (header, batches):
-        label = _check_label(header, data, f"{store.uri}/{unit['key']}")
+        _check_label(header, data, f"{store.uri}/{unit['key']}")
+        label = label_of(data)
         counts = {name: np.zeros(2, np.int64) for name in header}
         for batch in batches:
             rows += len(batch.rows)
             for name, column in batch.columns.items():
                 counts[name] += _count_numbers(column)
-            labels = _distinct(labels, batch.columns[label])
+            if isinstance(label, str):
+                labels = _distinct(labels, batch.columns[label])
     return {
         "key": unit["key"],
         "types": dict.fromkeys(header, "text"),
@@ -310,12 +385,13 @@ def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
         types = {field.name: _plain_type(field.type) for field in file.schema_arrow}
         place = f"{store.uri}/{unit['key']}"
         _check_names(file.schema_arrow.names, place)
-        label = _check_label(list(types), data, place)
-        if _kind_of(types[label]) not in CATEGORY_OR_NUMERIC:
-            raise HeliostatError(f"the label {label} of {place} is neither a number nor a text")
+        for name in _check_label(list(types), data, place):
+            if _kind_of(types[name]) not in CATEGORY_OR_NUMERIC:
+                raise HeliostatError(f"the label {name} of {place} is neither a number nor a text")
         labels = set[str]()
-        for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
-            labels = _distinct(labels, plain(batch.column(label)))
+        if isinstance(label := label_of(data), str):
+            for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
+                labels = _distinct(labels, plain(batch.column(label)))
     return {
         "key": unit["key"],
         "types": {name: str(kind) for name, kind in types.items()},
@@ -336,7 +412,8 @@ def _settle_parquet(source: Source, found: list[Found], data: DataSpec) -> Surve
 
 
 def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
-    names = [layout.label, *layout.kinds]
+    labels = [layout.label] if isinstance(layout.label, str) else layout.label
+    names = [*labels, *layout.kinds]
     start = 0
     with open_parquet(store, unit["key"]) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=names):
@@ -373,5 +450,6 @@ def _kind_of(kind: pa.DataType) -> str:
     return "category" if _is_one_of(kind, CATEGORY_TYPES) else str(kind)
 
 
-CSV = Form(_split_tables, _survey_csv, _settle_csv, _read_csv)
-PARQUET = Form(_split_tables, _survey_parquet, _settle_parquet, _read_parquet)
+TASKS = ("classification", "regression")
+CSV = Form(_split_tables, _survey_csv, _settle_csv, _read_csv, TASKS)
+PARQUET = Form(_split_tables, _survey_parquet, _settle_parquet, _read_parquet, TASKS)

@@ -32,7 +32,7 @@ from heliostat.data.raw import (
     sort_labels,
 )
 from heliostat.data.shards import ORDER_BITS, WEIGHT, order_of, split_at
-from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, plain, to_labels
+from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, plain, to_names
 from heliostat.data.tokens import (
     Vocabulary,
     describe_tokenizer,
@@ -119,8 +119,6 @@ def _settle(source: Source, found: list[Found], data: DataSpec) -> Survey:
 def _choose_task(source: Source, data: DataSpec) -> tuple[bool, str]:
     """Whether the texts themselves are learned, and why."""
     label, whole = _label(data), [_is_whole(entry.key) for entry in source.entries]
-    if data.task == "regression":
-        raise HeliostatError("data.task is regression: of texts only classes can be learned")
     if label and (data.task == "language" or all(whole)):
         raise HeliostatError(
             f"data.label is {label!r}, but nothing here is a class in a field: the texts are "
@@ -310,7 +308,7 @@ def _read_table(store: Store, layout: TextLayout, key: str, size: int) -> Iterat
         first = 0
         for problems, columns in batches:
             texts = columns[layout.column].cast(pa.large_string()).to_pylist()
-            labels = to_labels(columns[layout.label]).to_pylist() if layout.label else problems
+            labels = to_names(columns[layout.label]).to_pylist() if layout.label else problems
             for row, (text, label, problem) in enumerate(
                 zip(texts, labels, problems, strict=True), start=first
             ):
@@ -404,4 +402,5 @@ def read_vocabulary(uri: str) -> Learned:
     return written, vocabulary, f"vocabulary of {vocabulary.size:,} tokens - {reason}"
 
 
-TEXTS = Form(group_files, _survey, _settle, _read, _finish)
+TASKS = ("language", "classification")
+TEXTS = Form(group_files, _survey, _settle, _read, TASKS, _finish)

@@ -9,11 +9,12 @@ from pydantic_core import from_json, to_json
 from heliostat.data.features import (
     IMAGE,
     BlockFeatures,
-    CategoryColumn,
     Columns,
     Features,
     FieldError,
     ImageFeatures,
+    NumericColumn,
+    SeriesFeatures,
     TextFeatures,
     decode_image,
     parse_instances,
@@ -123,8 +124,10 @@ def zero_instance(features: Features) -> object:
     if isinstance(features, ImageFeatures):
         shape = (features.height, features.width, features.channels)
         return np.zeros(shape[:2] if features.channels == 1 else shape).tolist()
+    if isinstance(features, SeriesFeatures):
+        return [[0.0] * features.channels]
     return {
-        column.name: None if isinstance(column, CategoryColumn) else 0.0
+        column.name: 0.0 if isinstance(column, NumericColumn) else None
         for column in features.columns
     }
 

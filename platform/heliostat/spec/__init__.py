@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
-from heliostat.spec.data import DataSpec, SplitSpec, TextSpec
+from heliostat.spec.data import DataSpec, SplitSpec, SyntheticSpec, TextSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -55,6 +55,7 @@ __all__ = [
     "Section",
     "SplitSpec",
     "StopSpec",
+    "SyntheticSpec",
     "TextSpec",
     "TrainSpec",
     "check_name",

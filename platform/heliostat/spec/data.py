@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from heliostat.spec.section import Fraction, Natural, Positive, Section, Seed
+from heliostat.spec.section import Fraction, Natural, NaturalFloat, Positive, Section, Seed
 
 
 class SplitSpec(Section):
@@ -47,6 +47,20 @@ class TextSpec(Section):
     tokenizer: str | None = None
 
 
+class SyntheticSpec(Section):
+    """A table for want of a real one: `rows` of `inputs` numbers and of `outputs` that follow.
+
+    For a task of classes the first output says which of two a row is in. `noise` is the deviation
+    of what is added to the outputs, which themselves deviate by about 0.6.
+    """
+
+    rows: Positive
+    inputs: Positive
+    outputs: Positive = 1
+    noise: NaturalFloat = 0.1
+    seed: Seed = 0
+
+
 class DataSpec(Section):
     """`label` is one column, or several of numbers for task regression."""
 
@@ -59,6 +73,7 @@ class DataSpec(Section):
     image_size: tuple[Positive, Positive] | None = None
     channels: Literal[1, 3] | None = None
     text: TextSpec = TextSpec()
+    synthetic: SyntheticSpec | None = None
     max_bad_rows: Natural = 0
     split: SplitSpec = SplitSpec()
     seed: Seed = 0

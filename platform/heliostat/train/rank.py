@@ -29,7 +29,15 @@ from heliostat.train.optim import build_optimizer, rate_at
 from heliostat.train.parallel import Parallel, parallelize
 from heliostat.train.progress import Progress, Workload
 from heliostat.train.state import State
-from heliostat.train.stop import HIGHER_IS_BETTER, Status, Trend, decide, find_metric, follow, watched
+from heliostat.train.stop import (
+    HIGHER_IS_BETTER,
+    Status,
+    Trend,
+    decide,
+    find_metric,
+    follow,
+    watched,
+)
 
 CURVE_POINTS = 1000
 
