@@ -4,10 +4,13 @@ ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
     python jobs/evaluate.py jobs/specs/digits.yaml evaluate.version=1
 """
 
+from itertools import chain
+
 from heliostat import registry, spec, storage
 from heliostat.data.manifest import check_shards, load_manifest
 from heliostat.data.stream import read_split
 from heliostat.evaluate import load_predictor, score
+from heliostat.evaluate.ranking import rank_items, render
 from heliostat.job import run
 
 
@@ -18,11 +21,18 @@ def main(path: str, *overrides: str) -> None:
     version = registry.resolve(store, spec.reference(wanted.name, wanted.evaluate.version))
     manifest = load_manifest(store, version.data_name, version.data_version)
     check_shards(store, manifest)
-    batches = read_split(store, manifest, "test", wanted.evaluate.batch)
-    scores = score(load_predictor(store, version), batches)
-    registry.record_evaluation(store, version, manifest.version, "test", scores.to_json())
+    train, validation, test, again = (
+        read_split(store, manifest, split, wanted.evaluate.batch)
+        for split in ("train", "validation", "test", "test")
+    )
+    predictor = load_predictor(store, version)
+    scores = score(predictor, test)
+    ranked = rank_items(predictor, chain(train, validation), again)
+    record = scores.to_json() | ranked
+    registry.record_evaluation(store, version, manifest.version, "test", record)
     print(f"{version.ref} on the test split of {manifest.name}@{manifest.version}\n")
     print(scores.render())
+    print(render(ranked))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from heliostat import local
 from heliostat.environment import LOOPBACK
@@ -28,6 +29,10 @@ Node(RayParams(gcs_address=gcs, node_ip_address="127.0.0.1", num_cpus=int(cpus),
      object_store_memory=10**8, min_worker_port=0, max_worker_port=0, temp_dir=scratch),
      head=False, shutdown_at_exit=False, spawn_reaper=False)
 """
+# Two busy cores: how long an example takes says nothing about the code.
+settings.register_profile("heliostat", deadline=None)
+settings.load_profile("heliostat")
+
 HOME = Home(Path(tempfile.mkdtemp(prefix="heliostat-test-")))
 furnish(HOME)
 # What Ray reads when it is imported, which test modules do before any fixture runs.

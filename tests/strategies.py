@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from heliostat.data.order import share
@@ -128,7 +129,7 @@ def train_together(
 ) -> dict[str, list[tuple[float, float]]]:
     """What rank 0 saw in each case; `backend` is what compiles: aot_eager needs no C++."""
     world_size = max(case.world_size for case in cases)
-    multiprocessing.spawn(_work, (cases, directory, backend), nprocs=world_size)
+    spawn(_work, (cases, directory, backend), nprocs=world_size)  # type: ignore[no-untyped-call]
     found: dict[str, list[tuple[float, float]]] = json.loads((directory / "0.json").read_text())
     return found
 
@@ -146,6 +147,7 @@ def _work(rank: int, cases: list[Case], directory: Path, backend: str) -> None:
                 world_size=size,
                 timeout=TIMEOUT,
             )
-            seen |= {str(case): train_case(case, rank) for case in group}
+            for case in group:
+                seen[str(case)] = train_case(case, rank)
             distributed.destroy_process_group()
     (directory / f"{rank}.json").write_text(json.dumps(seen))

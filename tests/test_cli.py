@@ -1,3 +1,5 @@
+"""The commands: what each prints and returns, and what `up` and `down` start and leave."""
+
 import json
 import os
 import signal
@@ -19,6 +21,14 @@ from heliostat.local import machine, processes
 from heliostat.local.home import Home, furnish, read_state
 
 COMMANDS = (["up"], ["status"], ["env"], ["down"], ["models"], ["models", "show"])
+
+
+@pytest.fixture(autouse=True)
+def own_end() -> Iterator[None]:
+    """`main` takes SIGTERM for itself; the session's fixtures need it back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -189,12 +199,12 @@ def test_an_upload_keeps_paths_and_leaves_hidden_files(
 
 @pytest.mark.cluster
 def test_up_twice_is_harmless(cluster: local.Cluster) -> None:
-    before = local.measure_usage(cluster)["ray"].pids
+    before = main_programs(cluster)
     result = run("up", "--home", cluster.home.path)
     assert result.returncode == 0
     assert "Everything runs already." in result.stdout
     assert cluster.serve_url in result.stdout
-    assert set(before) <= set(local.measure_usage(cluster)["ray"].pids)
+    assert before == main_programs(cluster)
 
 
 @pytest.mark.cluster
@@ -272,11 +282,21 @@ def test_an_interrupted_up_leaves_nothing_running(
     assert_nothing_is_left(started)
 
 
+def main_programs(cluster: local.Cluster) -> set[tuple[str, int]]:
+    """Name and id of what a part cannot run without; Ray's idle workers come and go."""
+    return {
+        (process.info["name"], process.pid)
+        for part in local.PARTS
+        for process in processes.find(cluster.state.marker(part.name))
+        if process.info["name"] in part.programs
+    }
+
+
 def names_of(cluster: local.Cluster) -> set[str]:
     return {
-        process.name()
+        process.info["name"]
         for part in local.PARTS
-        for process in processes.find(f"{cluster.state.instance}.{part.name}")
+        for process in processes.find(cluster.state.marker(part.name))
     }
 
 

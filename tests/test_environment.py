@@ -1,3 +1,5 @@
+"""The bounds of a machine, and the refusal of a run that leaves no CPU to read data."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,3 +1,5 @@
+"""The laptop cluster: private, on loopback, ended exactly, its data kept until it is purged."""
+
 import json
 import os
 import secrets
@@ -21,6 +23,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from heliostat import local
+from heliostat.environment import PREFERRED_PORTS, STORE_PORT_OFFSET
 from heliostat.errors import HeliostatError
 from heliostat.local import machine, processes
 from heliostat.local.home import MARKER_FILE, Home, furnish, read_store_keys
@@ -54,7 +57,7 @@ def list_processes(cluster: local.Cluster) -> list[psutil.Process]:
     return [
         process
         for part in local.PARTS
-        for process in processes.find(f"{cluster.state.instance}.{part.name}")
+        for process in processes.find(cluster.state.marker(part.name))
     ]
 
 
@@ -108,6 +111,17 @@ def test_only_what_carries_the_marker_ends_with_all_its_descendants(
             process.wait()
 
 
+def test_a_process_that_ends_after_it_was_found_has_a_name(
+    tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    marker = secrets.token_hex(8)
+    with processes.launch(marker, ["sleep", "60"], os.environ, tmp_path / "log") as sleeper:
+        wait_until(lambda: processes.find(marker))
+        found = processes.find(marker)
+        sleeper.kill()
+    assert [process.info["name"] for process in found] == ["sleep"]
+
+
 def test_the_environment_of_ray_holds_no_credentials_of_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -135,6 +149,10 @@ def test_picked_ports_are_free_and_distinct() -> None:
     ports = machine.pick_ports(20)
     assert len(set(ports)) == 20
     assert all(map(machine.is_free, ports))
+
+
+def test_no_port_is_picked_that_a_preferred_one_takes_as_well() -> None:
+    assert PREFERRED_PORTS["s3"] + STORE_PORT_OFFSET not in machine.PICKED_PORTS
 
 
 # The store.
@@ -170,7 +188,7 @@ def test_the_store_refuses_anonymous_and_wrong_credentials(s3: local.Cluster) ->
 
 
 def test_the_store_listens_on_loopback_only(s3: local.Cluster) -> None:
-    [server] = processes.find(f"{s3.state.instance}.store")
+    [server] = processes.find(s3.state.marker("store"))
     addresses = {
         connection.laddr.ip
         for connection in server.net_connections("inet")
@@ -309,13 +327,13 @@ def test_serve_depends_on_no_package_of_a_job(cluster: local.Cluster) -> None:
 def test_a_lost_part_is_started_again_and_the_other_stays(
     cluster: local.Cluster, wait_until: WaitUntil
 ) -> None:
-    ray = {process.pid for process in processes.find(f"{cluster.state.instance}.ray")}
-    [server] = processes.find(f"{cluster.state.instance}.store")
+    ray = {process.pid for process in processes.find(cluster.state.marker("ray"))}
+    [server] = processes.find(cluster.state.marker("store"))
     server.kill()
     wait_until(lambda: "store" not in local.measure_usage(cluster))
     assert local.start(cluster.home) == cluster
     assert set(local.measure_usage(cluster)) == {"ray", "store"}
-    assert ray & {process.pid for process in processes.find(f"{cluster.state.instance}.ray")}
+    assert ray & {process.pid for process in processes.find(cluster.state.marker("ray"))}
     assert open_own_s3(cluster).list_buckets()["Buckets"]
 
 
@@ -331,6 +349,6 @@ def test_a_killed_node_is_found_dead_within_seconds(
     marker = join_node(1)
     processes.launch(marker, [sys.executable, "-c", watch], {**os.environ, **cluster.env}, log)
     wait_until(lambda: "\n2\n" in log.read_text(), seconds=120)
-    [raylet] = [found for found in processes.find(marker) if found.name() == "raylet"]
+    [raylet] = [found for found in processes.find(marker) if found.info["name"] == "raylet"]
     raylet.kill()
     wait_until(lambda: log.read_text().endswith("1\n"), seconds=10)

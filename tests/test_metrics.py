@@ -6,6 +6,7 @@ Stock Ray Train ends a run for good at a NumPy scalar and stores a NaN without a
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heliostat.errors import HeliostatError
-from heliostat.metrics import plain
+from heliostat.metrics import TRAINING, Sample, emit, plain
 
 NUMBERS = st.booleans() | st.integers(-(2**100), 2**100) | st.floats(width=32)
 SCALARS = st.one_of(
@@ -92,3 +93,46 @@ def test_anything_but_one_finite_number_is_refused(value: Any, said: str) -> Non
 def test_text_of_a_number_and_a_number_beyond_floats_are_refused(value: Any) -> None:
     with pytest.raises(HeliostatError, match="metric 'loss' is a"):
         plain({"loss": value})
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+def collect(values: dict[str, Any]) -> list[Sample]:
+    told: list[Sample] = []
+    emit(7, values, [lambda step, samples: told.extend(samples)])
+    return told
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_metric_is_found_by_its_name(name: str) -> None:
+    metric = TRAINING[name]
+    key = f"{name}/some" if metric.label else name
+    assert collect({key: 2}) == [Sample(key, metric, "some" if metric.label else None, 2.0)]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_prometheus_takes_every_name_and_label(name: str) -> None:
+    metric = TRAINING[name]
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", metric.scraped)
+    assert metric.label is None or re.fullmatch(r"[a-z]+", metric.label)
+    assert metric.help == metric.help.strip()
+    assert metric.help
+
+
+def test_what_the_table_does_not_name_is_a_score_of_the_task() -> None:
+    assert collect({"accuracy": 1}) == [Sample("accuracy", TRAINING["score"], "accuracy", 1.0)]
+
+
+@given(st.dictionaries(st.text(), SCALARS | OTHERS))
+def test_every_sink_gets_all_values_or_none_does(values: dict[str, Any]) -> None:
+    told: list[tuple[int, Sequence[Sample]]] = []
+    sinks = [lambda step, samples: told.append((step, samples))] * 2
+    try:
+        emit(7, values, sinks)
+    except HeliostatError:
+        assert told == []
+    else:
+        assert told == [(7, told[0][1])] * 2
+        assert {sample.key: sample.value for sample in told[0][1]} == plain(values)
+        assert all((sample.at is None) == (sample.metric.label is None) for sample in told[0][1])

@@ -131,6 +131,7 @@ WRONG: dict[str, list[Any]] = {
     "data.columns": [["a"], "a", {"mlp": "number"}, {"a": None}],
     "data.image_size": [28, "28", [28], [28, 28, 3], [0, 28], [1.5, 2]],
     "data.channels": [2, "1", 4],
+    "data.max_categories": [0, 10_001, True],
     "data.max_bad_rows": [-1, 0.5, "few", True],
     "data.split.test": [True, 1.5, -0.1, "half", None, float("nan")],
     "data.seed": ["x", 0.5, None, -1, 2**64],
@@ -142,6 +143,7 @@ WRONG: dict[str, list[Any]] = {
     "train.workers": [0, -1, 1.5, "two", None, True, [2]],
     "train.optimizer.lr": [True, "1", 0, -1, "fast", None, float("inf"), float("nan")],
     "train.optimizer.kind": ["lion", None],
+    "deploy.start_timeout_s": [0, float("inf"), True],
     "deploy.request_timeout_s": [0, float("inf"), False],
 }
 

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import re
 import stat
+import traceback
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heliostat.errors import HeliostatError
-from heliostat.storage import Conflict, Entry, Missing, Retry, Store, connect, join, probe
+from heliostat.storage import (
+    Conflict,
+    Entry,
+    LocalStore,
+    Missing,
+    Retry,
+    Store,
+    connect,
+    join,
+    probe,
+    upload_folder,
+)
 
 MIB = 1024 * 1024
 ODD_KEYS = [
@@ -351,10 +364,35 @@ def test_other_places_are_refused_unseen(uri: str) -> None:
         connect(uri)
 
 
-def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
+@pytest.mark.parametrize("secret", ["sEcReT", "sEc/ReT", "sE@cReT", "SeC:ReT/xYz@QqQ"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(secret: str) -> None:
     with pytest.raises(HeliostatError, match="profile") as caught:
-        connect("s3://AKIA:sEcReT@bucket/key")
-    assert "sEcReT" not in str(caught.value)
+        connect(f"s3://AKIA:{secret}@bucket/key")
+    for part in ("AKIA", *re.split("[/@:]", secret)):
+        assert part not in str(caught.value)
+
+
+def test_an_endpoint_that_is_no_url_is_refused_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "user:hunter2@host")
+    with pytest.raises(HeliostatError, match="write them like") as caught:
+        connect("s3://bucket").read("key")
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_file_that_cannot_be_uploaded_is_named(tmp_path: Path) -> None:
+    class Slow(LocalStore):
+        """A store that is so slow that a file vanishes before it is read."""
+
+        def upload(self, key: str, path: Path) -> str:
+            path.unlink()
+            return super().upload(key, path)
+
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.png").write_bytes(b"")
+    with pytest.raises(HeliostatError, match=r"cannot read .*raw/a\.png: No such file"):
+        upload_folder(tmp_path / "raw", Slow(str(tmp_path / "store")), print)
 
 
 def test_join_drops_empty_parts() -> None:

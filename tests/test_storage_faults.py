@@ -428,7 +428,7 @@ def test_a_probe_names_an_endpoint_that_is_no_url(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1")
-    with pytest.raises(HeliostatError, match="write AWS_ENDPOINT_URL like"):
+    with pytest.raises(HeliostatError, match="AWS_ENDPOINT_URL is no URL"):
         probe(connect(bucket))
 
 

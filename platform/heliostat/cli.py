@@ -144,6 +144,18 @@ def upload(options: argparse.Namespace) -> None:
     print(target.uri)
 
 
+def export(options: argparse.Namespace) -> None:
+    from heliostat import registry, storage
+    from heliostat.export import export_hf
+
+    store = _open_store(options)
+    version = registry.resolve(store, options.ref)
+    target = storage.connect(options.target)
+    keys = export_hf(store, version, target)
+    print(f"{version.ref} as {', '.join(keys)}")
+    print(target.uri)
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="heliostat", description="From raw data in a bucket to answers over HTTP, on Ray."
@@ -160,6 +172,22 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("folder", metavar="FOLDER", help="its files keep their paths as keys")
     command.add_argument("target", metavar="URI", help="s3://bucket/prefix")
+    command = _add_command(
+        commands,
+        "export",
+        export,
+        "write a published version as files that another library loads",
+        [
+            "heliostat export sotu:3 --to hf sotu-llama",
+            "heliostat export sotu@production --to hf s3://my-bucket/exports/sotu",
+        ],
+    )
+    command.add_argument("ref", metavar="REF", help="NAME:NUMBER, NAME@ALIAS or NAME (its newest)")
+    command.add_argument(
+        "--to", required=True, choices=("hf",), help="hf: a Llama directory for transformers (gpt)"
+    )
+    command.add_argument("target", metavar="DIR", help="a directory or s3://bucket/prefix")
+    command.add_argument("--root", default="s3://heliostat", metavar="URI", help="where it is")
     return parser
 
 

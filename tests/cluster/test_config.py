@@ -17,6 +17,7 @@ import yaml
 
 from heliostat.cluster.config import Config, check, exports, start_commands
 from heliostat.errors import HeliostatError
+from heliostat.local.home import locate
 
 PATH = Path(__file__).parents[2] / "cluster.yaml"
 OPEN = {"FromPort": 8265, "ToPort": 8265, "IpProtocol": "tcp"}
@@ -325,4 +326,13 @@ def test_a_node_is_launched_as_promised(
 
 def test_no_secret_stands_in_the_config(config: Config) -> None:
     assert "BEGIN" not in json.dumps(config)
-    assert config["file_mounts"]["~/.heliostat/token"] == "~/.heliostat/token"
+    assert config["file_mounts"]["~/.heliostat/token"] == "~/.config/heliostat/token"
+
+
+def test_no_file_of_the_user_lies_in_the_home_of_the_laptop_cluster(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`heliostat up` refuses a folder that holds anything else, `down --purge` removes it."""
+    monkeypatch.delenv("HELIOSTAT_HOME", raising=False)
+    for mounted in config["file_mounts"].values():
+        assert not Path(mounted).expanduser().is_relative_to(locate().path)

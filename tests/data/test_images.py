@@ -149,6 +149,12 @@ def test_images_that_cannot_be_a_data_set_are_refused(
         "no labels": {"1.png": png(), "2.png": png()},
         "more than 1,000 different labels": {f"{i}/1.png": png() for i in range(1001)},
         "has no partner": {TRAIN: images},
+        "x-idx1-ubyte has no partner": {"x-idx3-ubyte": images, "x-idx1-ubyte": labels},
+        "extra-idx3-ubyte has no partner": {
+            TRAIN: images,
+            LABELS: labels,
+            "extra-idx3-ubyte": images,
+        },
         "2 images, .* 1 labels": {TRAIN: images, LABELS: idx([0])},
         "images of 4x4 and 5x5": {
             TRAIN: images,

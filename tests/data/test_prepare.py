@@ -120,7 +120,7 @@ def test_preparing_again_writes_nothing_new(
 
     before = listing(store)
     assert prepare(spec) == manifest == require_prepared(spec)
-    assert load_manifest(store, "tiny") == manifest
+    assert load_manifest(store, "tiny", manifest.version) == manifest
     assert listing(store) == before
 
     same = make_spec(bucket, max_bad_rows=2)
@@ -220,3 +220,20 @@ def test_a_root_inside_the_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"a,y\n1,p\n2,q\n")
     with pytest.raises(HeliostatError, match=r"lies inside data\.source"):
         prepare(spec)
+
+
+@pytest.mark.cluster
+def test_a_source_of_one_object_may_lie_at_the_top_of_the_root(
+    cluster: object, bucket: str
+) -> None:
+    spec = make_spec(bucket, source=f"{bucket}/t.csv", label="y")
+    store = connect(bucket)
+    store.write("t.csv", b"a,y\n" + b"1,p\n2,q\n" * 20)
+    manifest = prepare(spec)
+    assert manifest.source == f"{bucket}/t.csv"
+
+    [pointer] = store.list("data/tiny/inputs/")
+    store.write(pointer.key, b"{")
+    with pytest.raises(HeliostatError, match="run the prepare job first"):
+        require_prepared(spec)
+    assert prepare(spec) == manifest == require_prepared(spec)

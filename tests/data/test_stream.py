@@ -93,7 +93,7 @@ def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: objec
 
 
 @pytest.mark.cluster
-def test_a_split_is_read_whole_in_stored_order(cluster: object) -> None:
+def test_a_split_is_read_whole(cluster: object) -> None:
     import ray
 
     store = connect(f"{cluster.root}/test-stream")  # type: ignore[attr-defined]

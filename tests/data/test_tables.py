@@ -14,7 +14,7 @@ import pytest
 from datasets import unpack
 from heliostat.data.raw import find_source
 from heliostat.errors import HeliostatError
-from heliostat.spec import DataSpec
+from heliostat.spec import DataSpec, SplitSpec
 
 Read = Callable[..., Any]
 CSV = b"""\xef\xbb\xbfage, town ,hours,who,income\r
@@ -169,6 +169,11 @@ def test_tables_that_cannot_be_a_data_set_are_refused(read: Read) -> None:
             {},
         ),
         (
+            r"nested has the type list.*set data.columns.nested=ignore",
+            {"t.parquet": parquet({"nested": [[1], [2]], "y": ["p", "q"]})},
+            {"columns": {"nested": "numeric"}},
+        ),
+        (
             "the label y of .* is neither a number nor a text",
             {"t.parquet": parquet({"a": [1, 2], "y": [[1], [2]]})},
             {},
@@ -207,6 +212,16 @@ def test_a_form_can_be_chosen_and_a_source_be_one_object(
     directory = source({"a.csv": b"", "b/c.png": b"", "adult.data": b""})
     found = find_source(DataSpec(source=str(directory), format="images"))
     assert [entry.key for entry in found.entries] == ["b/c.png"]
-    assert found.ignored == 2
+    assert (found.ignored, found.uri) == (2, str(directory))
     found = find_source(DataSpec(source=str(directory / "adult.data"), format="csv"))
     assert [entry.key for entry in found.entries] == ["adult.data"]
+    assert found.uri == f"{directory}/adult.data"
+
+
+def test_test_files_that_match_nothing_are_refused(
+    source: Callable[[dict[str, bytes]], Any],
+) -> None:
+    place = str(source({"train.csv": CSV, "t10k.csv": CSV}))
+    find_source(DataSpec(source=place, split=SplitSpec(test_files="t10k*", test=0.0)))
+    with pytest.raises(HeliostatError, match=r"'T10K\*', which matches none of the 2 objects"):
+        find_source(DataSpec(source=place, split=SplitSpec(test_files="T10K*", test=0.0)))

@@ -56,6 +56,31 @@ def test_an_image_is_the_same_as_numbers_as_base64_and_as_a_file() -> None:
     assert parse_body(GREY, "image/png", file)["image"].tolist() == numbers["image"]
 
 
+def encode_blank(side: int) -> bytes:
+    """A square of one bit per pixel: 8 KB for 64 million of them."""
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_an_image_that_takes_long_to_decode_is_refused_with_the_numbers() -> None:
+    file = encode_blank(8000)
+    body = json.dumps({"instances": [{"b64": base64.b64encode(file).decode()}]}).encode()
+    for content_type, sent in (("image/png", file), (JSON_TYPE, body)):
+        refusal = refuse(GREY, content_type, sent)
+        assert (refusal.status, refusal.field) in [(422, "body"), (422, "instances[0].b64")]
+        assert "8000x8000 is more than 25,000,000 pixels" in refusal.message
+
+
+def test_images_that_take_long_together_are_refused_before_one_is_decoded() -> None:
+    cut = base64.b64encode(encode_blank(4000)[:-100]).decode()
+    for count, field in ((4, "instances[0].b64"), (5, "instances")):
+        body = json.dumps({"instances": [{"b64": cut}] * count}).encode()
+        refusal = refuse(GREY, JSON_TYPE, body)
+        assert (refusal.status, refusal.field) == (422, field)
+    assert "80,000,000 pixels, a request may have 64,000,000" in refusal.message
+
+
 def test_rows_keep_their_order() -> None:
     rows = [{"age": age, "job": job} for age, job in ((1, "a"), (2.5, "b"), (3, None))]
     assert parse(TABLE, rows) == {

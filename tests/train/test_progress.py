@@ -166,6 +166,16 @@ def test_a_checkpoint_keeps_metrics_validation_curves_and_goodput(store: LocalSt
     assert attempt.seconds == run.ledger.attempt.seconds
 
 
+def test_the_last_line_is_not_told_twice(store: LocalStore) -> None:
+    run = Run(store)
+    run.play(range(1, 6), checkpoint_steps=5)
+    run.progress.finish()
+    assert [line.split("  ")[0] for line in run.lines[:-1]] == ["step 5/100"]
+    (_, first), (_, last) = run.emitted
+    assert last["samples_per_second"] == first["samples_per_second"] > 0
+    assert last["goodput/checkpoint"] == 1
+
+
 def test_a_validation_that_is_not_a_number_is_refused_by_name(store: LocalStore) -> None:
     with pytest.raises(HeliostatError, match="metric 'validation/loss' is nan"):
         Run(store).progress.add_validation({"loss": float("nan")})

@@ -24,6 +24,8 @@ SECRET = re.compile(
 def check(path: str | Path) -> Config:
     """Read a config for `ray up`; returns it with Ray's defaults filled in.
 
+    The tests hold the repository's cluster.yaml to it; run it over a copy that you have changed.
+
     Raises:
         HeliostatError: it cannot be read, Ray refuses it, or it breaks one of `RULES`; the sentence
             names the rule and what breaks it.

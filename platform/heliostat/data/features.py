@@ -1,7 +1,6 @@
 """How a model sees a row: statistics of the training split, and the one code that applies them."""
 
 import base64
-import binascii
 import io
 import math
 import re
@@ -41,6 +40,8 @@ NUMBERS = "numbers"  # all numeric columns of a table side by side
 SERIES = "series"
 COLUMN_PREFIX = "x."  # of the other columns of a table
 MAX_PIXELS = 64_000_000
+MAX_SERVED_PIXELS = 25_000_000  # of an image in a request; a file of 8 KB can have more
+MAX_REQUEST_PIXELS = 64_000_000  # of all of them: about a second of one core
 MAX_NUMBER = 1e100  # so that squares and their sums are numbers too
 MAX_DEVIATIONS = 1e6  # so that any number is one in 32 bits, and stays one in a model
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -339,24 +340,26 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
     return _parse_rows(features, instances)
 
 
-def decode_image(data: bytes, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+def decode_image(
+    data: bytes, height: int, width: int, channels: int, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """The pixels (height, width, channels) of a PNG or JPEG file, upright, centre-cropped.
 
     Raises:
-        ValueError: not a PNG or JPEG file, a broken one, or one of more than 64 million pixels.
+        ValueError: not a PNG or JPEG file, a broken one, or one of more than `max_pixels`.
     """
     try:
-        with open_image(data) as image:
+        with open_image(data, max_pixels) as image:
             return fit_image(ImageOps.exif_transpose(image), height, width, channels)
     except BROKEN_IMAGE as error:
         raise ValueError(f"not a readable PNG or JPEG file: {_first_line(error)}") from error
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A PNG or JPEG file of a bounded size with only its header read; raises BROKEN_IMAGE."""
     image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}x{image.height} is more than {max_pixels:,} pixels")
     return image
 
 
@@ -514,32 +517,49 @@ def _count_rows(features: TableFeatures, columns: Columns) -> int:
 
 
 def _parse_images(features: ImageFeatures, instances: list[object]) -> NDArray[Any]:
-    images = [
-        _parse_image(features, instance, f"instances[{index}]")
-        for index, instance in enumerate(instances)
+    paths = [f"instances[{index}]" for index in range(len(instances))]
+    given = [
+        _read_file(instance, path) if isinstance(instance, dict) else instance
+        for instance, path in zip(instances, paths, strict=True)
     ]
-    return np.stack(images)
+    pixels = sum(_count_pixels(file) for file in given if isinstance(file, bytes))
+    if pixels > MAX_REQUEST_PIXELS:
+        raise FieldError(
+            "instances",
+            f"have {pixels:,} pixels, a request may have {MAX_REQUEST_PIXELS:,}: send fewer images "
+            "at once, or smaller ones",
+        )
+    return np.stack([_parse_image(features, *pair) for pair in zip(given, paths, strict=True)])
 
 
-def _parse_image(features: ImageFeatures, instance: object, path: str) -> NDArray[Any]:
+def _parse_image(features: ImageFeatures, given: object, path: str) -> NDArray[Any]:
     height, width, channels = features.height, features.width, features.channels
-    if isinstance(instance, dict):
-        return _parse_file(features, instance, path)
-    _check_pixels(instance, (height, width) if channels == 1 else (height, width, channels), path)
-    return np.array(instance, dtype=np.float32).reshape(height, width, channels)
+    if isinstance(given, bytes):
+        try:
+            return decode_image(given, height, width, channels, MAX_SERVED_PIXELS)
+        except ValueError as error:
+            raise FieldError(f"{path}.b64", f"is {error}") from error
+    _check_pixels(given, (height, width) if channels == 1 else (height, width, channels), path)
+    return np.array(given, dtype=np.float32).reshape(height, width, channels)
 
 
-def _parse_file(features: ImageFeatures, instance: dict[str, object], path: str) -> NDArray[Any]:
+def _read_file(instance: dict[str, object], path: str) -> bytes:
     text = instance.get("b64")
     if set(instance) != {"b64"} or not isinstance(text, str):
         raise FieldError(path, 'must be {"b64": "..."}, a PNG or JPEG file in base64')
     try:
-        data = base64.b64decode(text, validate=True)
-        return decode_image(data, features.height, features.width, features.channels)
-    except binascii.Error as error:
-        raise FieldError(f"{path}.b64", f"is not base64: {error}") from error
+        return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise FieldError(f"{path}.b64", f"is {error}") from error
+        raise FieldError(f"{path}.b64", f"is not base64: {error}") from error
+
+
+def _count_pixels(file: bytes) -> int:
+    """Width x height of an image by its header; 0 of one that is refused for itself."""
+    try:
+        with open_image(file, MAX_SERVED_PIXELS) as image:
+            return image.width * image.height
+    except BROKEN_IMAGE:
+        return 0
 
 
 def _check_pixels(value: object, shape: tuple[int, ...], path: str) -> None:

@@ -38,6 +38,7 @@ MAX_SIDE, MIN_SIDE, SIDE_STEP = 64, 16, 8
 MAX_UNIFORM_PIXELS = 256 * 256
 IDX_UBYTE = 8
 MAX_IDX_SIDE = 16_384
+IDX_KIND = re.compile(r"(images|labels)[^/]*$")
 
 
 def _rows_per_batch(layout: ImageLayout) -> int:
@@ -148,8 +149,8 @@ def _read_file(store: Store, key: str, layout: ImageLayout) -> tuple[bytes | Non
 def _split_idx(source: Source) -> list[Unit]:
     """Pairs of an images and a labels file whose names differ in nothing else."""
     images, labels = _by_pair(source.entries, "images"), _by_pair(source.entries, "labels")
-    for pair in images.keys() ^ labels.keys():
-        key = (images | labels)[pair]
+    lonely = {(images | labels)[pair] for pair in images.keys() ^ labels.keys()}
+    for key in sorted(lonely | {e.key for e in source.entries if not IDX_KIND.search(e.key)}):
         raise HeliostatError(
             f"{source.store.uri}/{key} has no partner: an IDX data set is a pair of files such as "
             "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz"

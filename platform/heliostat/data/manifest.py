@@ -102,14 +102,13 @@ def data_key(name: str, *parts: str) -> str:
     return "/".join(("data", check_name(name), *parts))
 
 
-def load_manifest(store: Store, name: str, version: str | None = None) -> Manifest:
-    """The manifest of `version`, or of the only version there is.
+def load_manifest(store: Store, name: str, version: str) -> Manifest:
+    """The manifest of `version`.
 
     Raises:
-        HeliostatError: no such version, several and none was chosen, or the manifest was changed
-            after it was written.
+        HeliostatError: no such version, or the manifest was changed after it was written.
     """
-    key = data_key(name, version or _only_version(store, name), "manifest.json")
+    key = data_key(name, version, "manifest.json")
     try:
         manifest = Manifest.from_json(json.loads(store.read(key)))
     except Missing as error:
@@ -167,16 +166,6 @@ def shard_from_json(document: dict[str, Any]) -> Shard:
     footer = Span(**document["footer"])
     groups = tuple(RowGroup(**group) for group in document["groups"])
     return Shard(**document | {"footer": footer, "groups": groups})
-
-
-def _only_version(store: Store, name: str) -> str:
-    versions = list(_versions(store, name))
-    if len(versions) != 1:
-        found = ", ".join(versions) or "none"
-        raise HeliostatError(
-            f"which version of the data set {name} under {store.uri}? Prepared are: {found}"
-        )
-    return versions[0]
 
 
 def _versions(store: Store, name: str) -> Iterator[str]:

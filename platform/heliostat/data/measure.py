@@ -38,9 +38,9 @@ from heliostat.data.shards import image_bytes, row_bytes, series_values
 from heliostat.data.tokens import Vocabulary, find_targets
 from heliostat.errors import HeliostatError
 from heliostat.signature import Numbers
-from heliostat.spec import DataSpec
+from heliostat.spec import MAX_CATEGORIES, DataSpec
 
-MAX_DISTINCT = 10_000
+MAX_DISTINCT = MAX_CATEGORIES  # a spec asks for no more
 MAX_IDS = 4_000_000
 PART_ROWS = 1024 * 1024
 

@@ -66,6 +66,7 @@ from heliostat.data.shards import (
     write_shard,
 )
 from heliostat.data.tokens import store_tokenizer
+from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError
 from heliostat.signature import Classes, NextToken, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
@@ -115,11 +116,12 @@ def prepare(spec: RunSpec) -> Manifest:
     source = find_source(spec.data)
     _check_apart(source, store)
     _check_task(source.form, spec.data)
-    print(f"{source.store.uri}: {source.form} - {source.reason}", flush=True)
+    print(f"{source.uri}: {source.form} - {source.reason}", flush=True)
     fingerprint = _fingerprint(source, spec.data)
     if manifest := _find_prepared(store, spec.name, fingerprint):
         print(f"already prepared: {manifest.name}@{manifest.version}", flush=True)
         return manifest
+    say_if_waiting(cpus=1)
     with _ray_data():
         survey = _learn(store, source, _survey(source, spec.data), spec.data)
         outcomes = _write_shards(store, source, survey, spec)
@@ -141,7 +143,7 @@ def require_prepared(spec: RunSpec) -> Manifest:
         return _load_pointed(store, spec.name, _fingerprint(source, spec.data))
     except Missing as error:
         raise HeliostatError(
-            f"{source.store.uri} was not prepared as {spec.name} with this data section, or was "
+            f"{source.uri} was not prepared as {spec.name} with this data section, or was "
             "changed since: run the prepare job first"
         ) from error
 
@@ -170,9 +172,9 @@ def _describe_output(output: Output) -> str:
 
 
 def _check_apart(source: Source, store: Store) -> None:
-    if f"{store.uri}/".startswith(f"{source.store.uri}/"):
+    if f"{store.uri}/".startswith(f"{source.uri}/"):
         raise HeliostatError(
-            f"root {store.uri} lies inside data.source {source.store.uri}, so prepared data would "
+            f"root {store.uri} lies inside data.source {source.uri}, so prepared data would "
             "be read as raw data: choose another root, or a source beside it"
         )
 
@@ -204,9 +206,13 @@ def _find_prepared(store: Store, name: str, fingerprint: str) -> Manifest | None
 
 
 def _load_pointed(store: Store, name: str, fingerprint: str) -> Manifest:
-    """The version that these inputs were prepared to; Missing if they were not."""
-    pointer = json.loads(store.read(data_key(name, "inputs", f"{fingerprint}.json")))
-    return load_manifest(store, name, pointer["version"])
+    """The version that these inputs were prepared to; Missing if no sound pointer names one."""
+    key = data_key(name, "inputs", f"{fingerprint}.json")
+    try:
+        version = str(json.loads(store.read(key))["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Missing(f"{store.uri}/{key} names no version") from error
+    return load_manifest(store, name, version)
 
 
 # --- The pipeline --------------------------------------------------------------------------------
@@ -470,7 +476,7 @@ def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str
     rejected = [outcome for outcome in outcomes if "bad" in outcome]
     bad = sum((Counter(outcome["bad"]) for outcome in rejected), Counter[str]())
     return {
-        "source": source.store.uri,
+        "source": source.uri,
         "format": source.form,
         "objects": len(source.entries),
         "objects_ignored": source.ignored,
@@ -502,11 +508,13 @@ def _refuse(store: Store, spec: RunSpec, report: dict[str, Any], key: str) -> No
     """Refuse data with too many bad rows, whose report then lies at `key`, or without a use."""
     if report["rows_bad"] > spec.data.max_bad_rows:
         store.write(key, _to_bytes(report))
-        named = "; ".join(f"{row}: {problem}" for row, problem in report["examples"][:3])
+        examples = report["examples"]
+        named = "; ".join(f"{row}: {problem}" for row, problem in examples[:3])
+        share = "all" if len(examples) == report["rows_bad"] else f"the first {len(examples):,}"
         raise HeliostatError(
             f"{report['rows_bad']:,} of {report['rows_read']:,} rows under {report['source']} "
             f"cannot be used and data.max_bad_rows is {spec.data.max_bad_rows}: {named} "
-            f"(all are named in {store.uri}/{key})"
+            f"({share} are named in {store.uri}/{key})"
         )
     unseen = [label for label, rows in report["rows_by_class"].items() if not any(rows.values())]
     if unseen:
@@ -536,7 +544,7 @@ def _assemble(
     unversioned = Manifest(
         name=spec.name,
         version="",
-        source=source.store.uri,
+        source=source.uri,
         format=source.form,
         schema=written[0]["schema"],
         output=output,

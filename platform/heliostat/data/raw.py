@@ -12,9 +12,10 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from heliostat.data.features import COLUMN_PREFIX, IMAGE, NUMBERS, SERIES, TEXT, parse_number
+from heliostat.data.shards import is_test_file
 from heliostat.data.tokens import Vocabulary
 from heliostat.errors import HeliostatError
-from heliostat.spec import DataSpec
+from heliostat.spec import DataSpec, SplitSpec
 from heliostat.storage import Entry, Store, connect
 
 MAX_LABELS = 1000
@@ -38,13 +39,17 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """The objects of one form under a source; `reason` says how the form was found."""
+    """The objects of one form under `uri`, as keys of `store`: `uri` itself, or its folder's.
+
+    `reason` says how the form was found.
+    """
 
     store: Store
     form: str
     entries: tuple[Entry, ...]
     ignored: int
     reason: str
+    uri: str
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,8 @@ def find_source(data: DataSpec) -> Source:
     """List the source, an object or a prefix, and keep the objects of its one form.
 
     Raises:
-        HeliostatError: there is nothing, nothing of a known form, or several forms.
+        HeliostatError: there is nothing, nothing of a known form, or several forms; or no object is
+            one of `data.split.test_files`.
     """
     store, entries = _list_objects(data.source)
     visible = [entry for entry in entries if not _is_hidden(entry.key)]
@@ -175,7 +181,9 @@ def find_source(data: DataSpec) -> Source:
     by_form = {form: _matching(visible, pattern) for form, pattern in SUFFIXES.items()}
     form, reason = _choose_form(data, store.uri, visible, by_form)
     kept = by_form[form] or visible
-    return Source(store, form, tuple(kept), len(entries) - len(kept), reason)
+    _check_test_files(data.split, kept, store.uri)
+    uri = connect(data.source).uri
+    return Source(store, form, tuple(kept), len(entries) - len(kept), reason, uri)
 
 
 def raw_rows(
@@ -279,6 +287,15 @@ def _list_objects(uri: str) -> tuple[Store, list[Entry]]:
     folder = connect(parent)
     entry = folder.stat(name)
     return (folder, [entry]) if entry else (store, [])
+
+
+def _check_test_files(split: SplitSpec, kept: list[Entry], uri: str) -> None:
+    if split.test_files and not any(is_test_file(entry.key, split) for entry in kept):
+        raise HeliostatError(
+            f"data.split.test_files is {split.test_files!r}, which matches none of the "
+            f"{len(kept):,} objects under {uri}, such as {kept[0].key}: correct it, or give the "
+            "share data.split.test instead"
+        )
 
 
 def _is_hidden(key: str) -> bool:

@@ -99,7 +99,7 @@ def write_shard(table: pa.Table, rows_per_group: int) -> tuple[bytes, Span, tupl
     )
 
 
-def read_group(store: Store, shard: Shard, index: int, verify: bool = True) -> pa.Table:
+def read_group(store: Store, shard: Shard, index: int) -> pa.Table:
     """The rows of one row group, from one ranged read of the footer and one of the group.
 
     Raises:
@@ -107,8 +107,8 @@ def read_group(store: Store, shard: Shard, index: int, verify: bool = True) -> p
     """
     group = shard.groups[index]
     part = f"row group {index}"
-    footer = _read_footer(store, shard.key, shard.footer, verify)  # type: ignore[arg-type]
-    data = _read_span(store, shard.key, Span(group.offset, group.bytes, group.sha256), part, verify)
+    footer = _read_footer(store, shard.key, shard.footer)  # type: ignore[arg-type]
+    data = _read_span(store, shard.key, Span(group.offset, group.bytes, group.sha256), part)
     source = RangedFile(shard.bytes, partial(_cut, data, group.offset))
     return pq.ParquetFile(source, metadata=footer, pre_buffer=False).read_row_group(index)
 
@@ -199,16 +199,16 @@ def _span(data: bytes, offset: int, length: int) -> Span:
 
 
 @lru_cache(maxsize=256)
-def _read_footer(store: Store, key: str, footer: Span, verify: bool) -> pq.FileMetaData:
-    return pq.read_metadata(pa.BufferReader(_read_span(store, key, footer, "footer", verify)))
+def _read_footer(store: Store, key: str, footer: Span) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(_read_span(store, key, footer, "footer")))
 
 
-def _read_span(store: Store, key: str, span: Span, part: str, verify: bool) -> bytes:
+def _read_span(store: Store, key: str, span: Span, part: str) -> bytes:
     try:
         data = store.read_range(key, span.offset, span.bytes)
     except HeliostatError as error:
         raise HeliostatError(f"{part} of a shard cannot be read: {error}") from error
-    if verify and hashlib.sha256(data).hexdigest() != span.sha256:
+    if hashlib.sha256(data).hexdigest() != span.sha256:
         raise HeliostatError(
             f"the bytes of {part} of {store.uri}/{key} are not those that were written: "
             "delete the object and prepare the data again"

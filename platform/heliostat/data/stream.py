@@ -16,6 +16,7 @@ import ray.data
 from heliostat.data.manifest import Manifest, Shard
 from heliostat.data.order import Chunk, Order, share
 from heliostat.data.shards import WEIGHT, label_values, read_group, to_columns
+from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
 
@@ -53,10 +54,11 @@ def plan(manifest: Manifest, split: str, global_batch: int, seed: int) -> Order:
 
 
 def read_split(store: Store, manifest: Manifest, split: str, batch: int) -> Iterator[Columns]:
-    """Every row of `split` once, in stored order, as columns of up to `batch` rows."""
+    """Every row of `split` once, as columns of up to `batch` rows."""
     groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
     if not groups:
         return
+    say_if_waiting(cpus=1)
     configure(ray.data.DataContext.get_current())
 
     def read(rows: pa.Table) -> pa.Table:

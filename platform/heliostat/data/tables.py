@@ -151,11 +151,11 @@ def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
         )
     chosen = features | data.columns
     kept = {name: kind for name, kind in chosen.items() if kind != "ignore"}
-    for name, kind in kept.items():
+    for name in kept:
         if features[name] not in CATEGORY_OR_NUMERIC:
             raise HeliostatError(
-                f"the column {name} has the type {kind}, which is neither a number nor a text: "
-                f"set data.columns.{name}=ignore"
+                f"the column {name} has the type {features[name]}, which is neither a number nor "
+                f"a text: set data.columns.{name}=ignore"
             )
     if not kept:
         raise HeliostatError(

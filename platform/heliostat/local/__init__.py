@@ -24,7 +24,6 @@ from heliostat.local.home import (
 from heliostat.local.home import locate as locate
 
 BUCKET = "heliostat"
-REGION = "us-east-1"
 
 Report = Callable[[str], None]
 
@@ -40,8 +39,8 @@ class Part:
 
 
 # Ray ends first, so that a job's last write still finds the store.
-RAY = Part("ray", "Ray", frozenset({"gcs_server", "raylet"}), grace_seconds=2.0)
-STORE = Part("store", "the S3 store", frozenset({"weed"}), grace_seconds=10.0)
+RAY = Part(head.NAME, "Ray", frozenset({"gcs_server", "raylet"}), grace_seconds=2.0)
+STORE = Part(store.NAME, "the S3 store", frozenset({"weed"}), grace_seconds=10.0)
 PARTS = (RAY, STORE)
 
 
@@ -90,8 +89,8 @@ class Cluster:
             "AWS_ENDPOINT_URL": self.s3_url,
             "AWS_ACCESS_KEY_ID": keys.access_key,
             "AWS_SECRET_ACCESS_KEY": keys.secret_key,
-            "AWS_REGION": REGION,
-            "AWS_DEFAULT_REGION": REGION,
+            "AWS_REGION": store.REGION,
+            "AWS_DEFAULT_REGION": store.REGION,
         }
 
     @property
@@ -244,12 +243,12 @@ def _list_ports(ports: Ports, parts: Iterable[Part]) -> list[tuple[str, int]]:
 
 
 def _runs(state: State, part: Part) -> bool:
-    found = processes.find(_marker(state, part))
-    return {process.name() for process in found} >= part.programs
+    found = processes.find(state.marker(part.name))
+    return {process.info["name"] for process in found} >= part.programs
 
 
 def _sum_usage(state: State, part: Part) -> Usage:
-    found = processes.find(_marker(state, part))
+    found = processes.find(state.marker(part.name))
     return Usage(
         tuple(sorted(process.pid for process in found)),
         sum(map(processes.measure_memory, found)),
@@ -270,9 +269,5 @@ def _end(home: Home, state: State) -> list[int]:
 
 def _end_parts(state: State, parts: Iterable[Part]) -> list[int]:
     return [
-        pid for part in parts for pid in processes.end(_marker(state, part), part.grace_seconds)
+        pid for part in parts for pid in processes.end(state.marker(part.name), part.grace_seconds)
     ]
-
-
-def _marker(state: State, part: Part) -> str:
-    return f"{state.instance}.{part.name}"

@@ -11,6 +11,7 @@ from heliostat.errors import HeliostatError
 from heliostat.local import processes
 from heliostat.local.home import Home, State
 
+NAME = "ray"
 READY_SECONDS = 180.0
 
 
@@ -48,7 +49,7 @@ def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subproc
     }
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head"]
     command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
-    return processes.launch(_marker(state), command, environment, home.ray_log)
+    return processes.launch(state.marker(NAME), command, environment, home.ray_log)
 
 
 def launch_serve(
@@ -59,7 +60,7 @@ def launch_serve(
     command = [sys.executable, "-P", "-m", "heliostat.local.ingress", address]
     command += [str(state.ports.serve)]
     return processes.launch(
-        _marker(state), command, environment, home.serve_log, stdin=subprocess.PIPE
+        state.marker(NAME), command, environment, home.serve_log, stdin=subprocess.PIPE
     )
 
 
@@ -82,10 +83,6 @@ def await_end(command: "subprocess.Popen[bytes]", what: str, log: Path) -> None:
         lines = log.read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing logged")
         raise HeliostatError(f"{what} did not start: {last} (the whole log is {log})")
-
-
-def _marker(state: State) -> str:
-    return f"{state.instance}.ray"
 
 
 def _place(ports: Ports, scratch: Path) -> dict[str, str]:

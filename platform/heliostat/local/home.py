@@ -75,6 +75,10 @@ class State:
     bounds: MachineBounds
     scratch: Path
 
+    def marker(self, part: str) -> str:
+        """What the processes of a part carry and nobody else does."""
+        return f"{self.instance}.{part}"
+
     @property
     def ray_directory(self) -> Path:
         """Where Ray keeps its sessions: it opens the directory to everybody, `scratch` is ours."""

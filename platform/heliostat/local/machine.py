@@ -7,10 +7,17 @@ from pathlib import Path
 
 import psutil
 
-from heliostat.environment import REPLICA_PORTS, STORE_PORT_OFFSET, MachineBounds, bound_machine
+from heliostat.environment import (
+    PREFERRED_PORTS,
+    REPLICA_PORTS,
+    STORE_PORT_OFFSET,
+    MachineBounds,
+    bound_machine,
+)
 from heliostat.errors import HeliostatError
 
-PICKED_PORTS = range(12_000, 20_000)
+COMPANIONS = {port + STORE_PORT_OFFSET for port in PREFERRED_PORTS.values()}
+PICKED_PORTS = [port for port in range(12_000, 20_000) if port not in COMPANIONS]
 REPLICA_RANGES = range(30_000, 32_700, REPLICA_PORTS)
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

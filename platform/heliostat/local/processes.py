@@ -49,8 +49,9 @@ def find(marker: str) -> list[psutil.Process]:
     """The living processes that carry `marker` in their environment, and their descendants.
 
     A marker is random and inherited, so a recycled process id can never be taken for one of ours.
+    `info["name"]` of a process is its name as it was then; to ask for it later may fail.
     """
-    living = [process for process in psutil.process_iter(["ppid"]) if _is_alive(process)]
+    living = [process for process in psutil.process_iter(["name", "ppid"]) if _is_alive(process)]
     ours = {process.pid for process in living if _read_marker(process) == marker}
     while grown := {process.pid for process in living if process.info["ppid"] in ours} - ours:
         ours |= grown

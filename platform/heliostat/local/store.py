@@ -12,6 +12,8 @@ from heliostat.errors import HeliostatError
 from heliostat.local import processes
 from heliostat.local.home import Home, State, StoreKeys, read_store_keys, write_private
 
+NAME = "store"
+REGION = "us-east-1"
 READY_SECONDS = 30.0
 
 
@@ -19,7 +21,7 @@ def launch(home: Home, state: State) -> "subprocess.Popen[bytes]":
     keys = read_store_keys(home)
     write_private(home.store_config, json.dumps(_list_identities(keys)))
     return processes.launch(
-        f"{state.instance}.store",
+        state.marker(NAME),
         [str(_find_weed()), *_list_options(home, state.ports)],
         processes.clean_environment() | _guard(keys),
         home.store_log,
@@ -59,7 +61,7 @@ def _open_client(home: Home, ports: Ports) -> Any:
         endpoint_url=f"http://127.0.0.1:{ports.s3}",
         aws_access_key_id=keys.access_key,
         aws_secret_access_key=keys.secret_key,
-        region_name="us-east-1",
+        region_name=REGION,
         config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
     )
 

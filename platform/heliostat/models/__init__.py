@@ -8,6 +8,8 @@ from torch import nn
 from heliostat.errors import HeliostatError
 from heliostat.models.cnn import build_cnn
 from heliostat.models.custom import build_custom, with_loss
+from heliostat.models.encoder import build_encoder
+from heliostat.models.gpt import build_gpt
 from heliostat.models.mlp import build_mlp
 from heliostat.models.recsys import build_recsys
 from heliostat.models.rnn import build_rnn
@@ -21,6 +23,8 @@ __all__ = ["MODELS", "Task", "build", "count_parameters", "task_of"]
 MODELS: dict[str, Callable[[Any, Signature, int], nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
+    "encoder": build_encoder,
+    "gpt": build_gpt,
     "rnn": build_rnn,
     "recsys": build_recsys,
     "custom": build_custom,

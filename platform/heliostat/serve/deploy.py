@@ -3,16 +3,19 @@
 import math
 import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import Field
+from pydantic import Field, ValidationError
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.dashboard.utils import get_address_for_submission_client
+from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
@@ -26,8 +29,8 @@ from heliostat.storage import Conflict, Missing, Store, connect
 
 APPLICATION = "heliostat"
 TABLE_KEY = "serving/heliostat.json"
-START_SECONDS = 60
 POLL_SECONDS = 0.5
+REPORT_SECONDS = 5.0
 MAX_REASON_CHARS = 600
 HTTP_OPTIONS = {"host": "127.0.0.1", "port": 8000}
 REASON = re.compile(r"^[\w.]+(?:Error|Exception|Missing): ", re.MULTILINE)
@@ -87,32 +90,79 @@ def build_application(plan: Plan) -> serve.Application:
     return deployment(serve.ingress()(Replica)).bind(plan)
 
 
+class Serve:
+    """The REST interface of Ray Serve; what goes wrong there is a sentence."""
+
+    def __init__(self) -> None:
+        with _told():
+            self._client = ServeSubmissionClient(get_address_for_submission_client(None))
+
+    def describe(self) -> dict[str, Any]:
+        with _told():
+            details: dict[str, Any] = self._client.get_serve_details()
+        return details
+
+    def apply(self, config: dict[str, Any]) -> None:
+        with _told():
+            self._client.deploy_applications(config)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, RayError) as error:  # not sent, not answered 200, not let in
+        raise HeliostatError(
+            f"Ray Serve cannot be reached or refuses ({error!s:.{MAX_REASON_CHARS}}): check that "
+            "the cluster runs and that RAY_API_SERVER_ADDRESS is its dashboard"
+        ) from error
+
+
 def deploy(spec: RunSpec) -> str:
     """Serve the version that `spec` names in place of the one served so far; return its URL.
 
+    Whatever ends this before the replicas run, Ctrl-C included, is taken back: what was served
+    before is still served.
+
     Raises:
-        HeliostatError: the version is unknown or damaged, or its replicas did not start; what was
-            served before is still served.
+        HeliostatError: the version is unknown or damaged, or its replicas did not start.
     """
     store = connect(spec.root)
     name = spec.name
     version = registry.resolve(store, reference(name, spec.deploy.version))
     registry.load_weights(store, version)
     zero_instance(features_from_json(version.features))  # refused here, not by every replica
-    client = ServeSubmissionClient(get_address_for_submission_client(None))
-    check_root(store, client.get_serve_details())
-    how = {"deploy": spec.deploy.model_copy(update={"version": None}), "code": store_code(store)}
-    before = change_table(store, lambda table: replace_model(table, name, version.number, **how))
+    client = Serve()
+    check_root(store, client.describe())
+    place = partial(
+        replace_model,
+        name=name,
+        number=version.number,
+        deploy=spec.deploy.model_copy(update={"version": None}),
+        code=store_code(store),
+    )
     print(f"starting {spec.deploy.replicas} x {version.ref}", flush=True)
+    before = change_table(store, place)
     try:
         roll_out(store, client)
-    except HeliostatError as error:
-        previous = before.models.get(name)
-        change_table(store, lambda table: take_back(table, version, before))
-        roll_out(store, client)
-        rest = f"{name}:{previous} is still served" if previous else f"{name} is not served"
-        raise HeliostatError(f"{version.ref} was not deployed, {rest}: {error}") from error
+    except BaseException as error:
+        rest = undo(store, client, name, place(before), before)
+        if isinstance(error, HeliostatError):
+            raise HeliostatError(f"{version.ref} was not deployed, {rest}: {error}") from error
+        print(f"{version.ref} was not deployed, {rest}", flush=True)
+        raise
     return f"{find_url(client)}/v1/models/{name}:predict"
+
+
+def undo(store: Store, client: Serve, name: str, written: Table, before: Table) -> str:
+    """Take the change from `before` to `written` back; says what is served now."""
+    try:
+        change_table(store, partial(take_back, name=name, written=written, before=before))
+        roll_out(store, client)
+        number = read_table(store).models.get(name)
+    except HeliostatError as error:
+        return f"and the cluster did not go back to what was served before ({error})"
+    return f"{name}:{number} is still served" if number else f"{name} is not served"
 
 
 def check_root(store: Store, details: dict[str, Any]) -> None:
@@ -136,12 +186,17 @@ def replace_model(table: Table, name: str, number: int | None, **how: Any) -> Ta
     return table.model_copy(update={"models": models, **how})
 
 
-def take_back(table: Table, version: registry.Version, before: Table) -> Table:
-    """`table` with the model as it was `before`, unless somebody has deployed it again since."""
-    if table.models.get(version.name) != version.number:
+def take_back(table: Table, *, name: str, written: Table, before: Table) -> Table:
+    """`table` as if the deploy of `name` from `before` to `written` had not been.
+
+    Every deploy sets `deploy` and `code`: in a table that is no longer `written` they are those of
+    somebody else, as the model is if its number is another one.
+    """
+    if table == written:
+        return before
+    if table.models.get(name) != written.models[name]:
         return table
-    previous = before.models.get(version.name)
-    return replace_model(table, version.name, previous, deploy=before.deploy, code=before.code)
+    return replace_model(table, name, before.models.get(name))
 
 
 def read_table(store: Store) -> Table:
@@ -149,6 +204,11 @@ def read_table(store: Store) -> Table:
         return Table.model_validate_json(store.read(TABLE_KEY))
     except Missing:
         return Table()
+    except ValidationError as error:
+        raise HeliostatError(
+            f"{store.uri}/{TABLE_KEY}, the table of what is served, is damaged: delete the object "
+            "and deploy every model again"
+        ) from error
 
 
 def change_table(store: Store, change: Callable[[Table], Table]) -> Table:
@@ -161,7 +221,7 @@ def change_table(store: Store, change: Callable[[Table], Table]) -> Table:
             return before
 
 
-def roll_out(store: Store, client: ServeSubmissionClient) -> None:
+def roll_out(store: Store, client: Serve) -> None:
     """Make the cluster serve what the table says, until the table stays as it is.
 
     Raises:
@@ -169,9 +229,8 @@ def roll_out(store: Store, client: ServeSubmissionClient) -> None:
     """
     while True:
         table = read_table(store)
-        details = client.get_serve_details()
-        client.deploy_applications(render_config(store, table, details))
-        reason = await_running(client)
+        client.apply(render_config(store, table, client.describe()))
+        reason = await_running(client, table.deploy.start_timeout_s)
         if read_table(store) == table:
             break
     if reason:
@@ -214,18 +273,30 @@ def render_application(store: Store, table: Table) -> dict[str, Any]:
     }
 
 
-def await_running(client: ServeSubmissionClient) -> str | None:
+def await_running(client: Serve, timeout_s: float) -> str | None:
     """Wait until Serve has settled the application; return why it failed, if it did."""
-    deadline = time.monotonic() + START_SECONDS
+    began = reported = time.monotonic()
     while True:
-        app = client.get_serve_details()["applications"].get(APPLICATION)
+        app = client.describe()["applications"].get(APPLICATION)
         if app is None or app["status"] == "RUNNING":
             return None
         if app["status"] == "DEPLOY_FAILED":
             return explain(app)
-        if time.monotonic() > deadline:
-            return f"the replicas did not start within {START_SECONDS} s: {explain(app)}"
+        now = time.monotonic()
+        if now - began > timeout_s:
+            return f"the replicas did not start within {timeout_s:g} s: {explain(app)}"
+        if now - reported >= REPORT_SECONDS:
+            reported = now
+            print(f"{now - began:4.0f} s: {describe_wait(app)}", flush=True)
         time.sleep(POLL_SECONDS)
+
+
+def describe_wait(app: dict[str, Any]) -> str:
+    """The states of the replicas, and what Serve says that they wait for."""
+    replicas = (found for part in app["deployments"].values() for found in part["replicas"])
+    states = Counter(replica["state"] for replica in replicas)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    return " - ".join(filter(None, (f"replicas {counts or 'not there yet'}", explain(app))))
 
 
 def explain(app: dict[str, Any]) -> str:
@@ -236,7 +307,7 @@ def explain(app: dict[str, Any]) -> str:
     return " ".join(text[starts[-1] if starts else 0 :].split())[:MAX_REASON_CHARS]
 
 
-def find_url(client: ServeSubmissionClient) -> str:
-    options = HTTP_OPTIONS | client.get_serve_details()["http_options"]
+def find_url(client: Serve) -> str:
+    options = HTTP_OPTIONS | client.describe()["http_options"]
     host = "127.0.0.1" if options["host"] == "0.0.0.0" else options["host"]
     return f"http://{host}:{options['port']}"

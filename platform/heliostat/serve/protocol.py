@@ -8,6 +8,7 @@ from pydantic_core import from_json, to_json
 
 from heliostat.data.features import (
     IMAGE,
+    MAX_SERVED_PIXELS,
     BlockFeatures,
     Columns,
     Features,
@@ -61,7 +62,8 @@ def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
     if kind not in IMAGE_TYPES:
         raise Refusal(415, f"send {JSON_TYPE}, {' or '.join(IMAGE_TYPES)}")
     try:
-        pixels = decode_image(body, features.height, features.width, features.channels)
+        size = features.height, features.width, features.channels
+        pixels = decode_image(body, *size, MAX_SERVED_PIXELS)
     except ValueError as error:
         raise Refusal(422, f"the body is {error}", "body") from error
     return {IMAGE: pixels[np.newaxis]}

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
-from heliostat.spec.data import DataSpec, SplitSpec, SyntheticSpec, TextSpec
+from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -22,6 +22,7 @@ from heliostat.spec.model import (
     ModelSpec,
     RecsysSpec,
     RnnSpec,
+    RopeScalingSpec,
 )
 from heliostat.spec.section import (
     NAME_PATTERN,
@@ -35,6 +36,7 @@ from heliostat.spec.section import (
 from heliostat.spec.train import OptimizerSpec, ScheduleSpec, StopSpec, TrainSpec
 
 __all__ = [
+    "MAX_CATEGORIES",
     "NAME_PATTERN",
     "NAME_RULE",
     "CnnSpec",
@@ -50,6 +52,7 @@ __all__ = [
     "Positive",
     "RecsysSpec",
     "RnnSpec",
+    "RopeScalingSpec",
     "RunSpec",
     "ScheduleSpec",
     "Section",
@@ -79,8 +82,11 @@ class EvaluateSpec(Section):
 
 
 class DeploySpec(Section):
+    """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up."""
+
     version: Positive | None = None
     replicas: Positive = 1
+    start_timeout_s: PositiveFloat = 900
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30

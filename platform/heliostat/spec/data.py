@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from heliostat.spec.section import Fraction, Natural, NaturalFloat, Positive, Section, Seed
 
+MAX_CATEGORIES = 10_000  # as many values of a column are counted, shard by shard
+
 
 class SplitSpec(Section):
     """Shares of the rows that are held out; training gets the rest.
@@ -69,7 +71,7 @@ class DataSpec(Section):
     task: Literal["auto", "classification", "regression", "language"] = "auto"
     label: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     columns: dict[str, Literal["numeric", "category", "id", "ignore"]] = Field(default_factory=dict)
-    max_categories: Positive = 64
+    max_categories: Annotated[int, Field(gt=0, le=MAX_CATEGORIES, strict=True)] = 64
     image_size: tuple[Positive, Positive] | None = None
     channels: Literal[1, 3] | None = None
     text: TextSpec = TextSpec()

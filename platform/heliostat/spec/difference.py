@@ -27,7 +27,7 @@ def refuse_changes(run: str, before: Mapping[str, Any], after: Mapping[str, Any]
         raise HeliostatError(
             f"run {run} was started with another spec ({'; '.join(changes[:MAX_KEYS])}"
             + f"; and {more} more" * (more > 0)
-            + "): choose another train.run, or none to derive one"
+            + "): choose another train.run, or none to derive one, or set train.force=true"
         )
 
 

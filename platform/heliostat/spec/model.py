@@ -94,12 +94,28 @@ class EncoderSpec(TransformerSpec):
     loss: Literal["auto", "cross_entropy", "bce"] = "auto"
 
 
+class RopeScalingSpec(Section):
+    """How Llama 3.1 and later reach beyond the `original_positions` they were first trained on."""
+
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_positions: Positive = 8192
+
+    @model_validator(mode="after")
+    def _frequencies_are_ordered(self) -> Self:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
+        return self
+
+
 class GptSpec(TransformerSpec):
     """A decoder-only transformer in the shape of Llama; `kv_heads` None means `heads`."""
 
     kind: Literal["gpt"]
     kv_heads: Positive | None = None
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScalingSpec | None = None
     norm_eps: PositiveFloat = 1e-5
     tied: bool = True
 

@@ -86,7 +86,8 @@ class StopSpec(Section):
 
 
 class TrainSpec(Section):
-    """`workers` may be a range [fewest, most]: the run then shrinks and grows with the cluster.
+    """`force` lets a run go on under a changed spec. `workers` may be a range [fewest, most]: the
+    run then shrinks and grows with the cluster.
 
     `global_batch` is the rows of one optimiser step over all workers; `micro_batch` the rows that
     one worker has in flight, `auto` finds the largest that fits, None takes its whole share. A
@@ -94,6 +95,7 @@ class TrainSpec(Section):
     """
 
     run: str | None = None
+    force: bool = False
     workers: Positive | tuple[Positive, Positive] = 1
     cpus_per_worker: Positive = 1
     gpus_per_worker: Natural = 0

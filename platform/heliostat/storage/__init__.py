@@ -92,9 +92,10 @@ def connect(uri: str) -> S3Store | LocalStore:
         )
     bucket, _, prefix = rest[2:].rstrip("/").partition("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", bucket):
-        raise HeliostatError(
-            f"{bucket.rpartition('@')[2]!r} is not a bucket name: give s3://bucket/prefix, "
-            "and credentials only through the AWS variables or a profile"
+        shown = "what follows s3://" if re.search("[@:]", bucket) else repr(bucket)
+        raise HeliostatError(  # which may be a secret, even a part of one: a secret can hold a "/"
+            f"{shown} is not a bucket name: give s3://bucket/prefix, and credentials only through "
+            "the AWS variables or a profile"
         )
     return S3Store(f"s3://{join(bucket, check_key(prefix) if prefix else '')}")
 
@@ -105,18 +106,33 @@ def upload_folder(folder: Path, target: Store, report: Callable[[str], None]) ->
     What is hidden (a name that starts with a dot) stays behind; `report` gets a line per thousand.
 
     Raises:
-        HeliostatError: the folder has no files, or a path that is not a key.
+        HeliostatError: the folder has no files, a path that is not a key, or a file that cannot be
+            read.
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     keys = {path.relative_to(folder).as_posix(): path for path in paths}
     visible = {key: path for key, path in keys.items() if not re.search(r"(^|/)\.", key)}
     if not visible:
         raise HeliostatError(f"{folder} has no files to upload: give a folder with raw data")
+
+    def put(key: str) -> int:
+        path = visible[key]
+        try:
+            target.upload(key, path)
+            return path.stat().st_size
+        except OSError as error:
+            raise HeliostatError(
+                f"cannot read {path}: {error.strerror}: make it readable or remove it, and upload "
+                "the folder again"
+            ) from error
+
+    total_bytes = 0
     with ThreadPoolExecutor(8) as threads:
-        for done, _ in enumerate(threads.map(target.upload, visible, visible.values()), start=1):
+        for done, size_bytes in enumerate(threads.map(put, visible), start=1):
+            total_bytes += size_bytes
             if done % 1000 == 0:
                 report(f"{done:,} of {len(visible):,} files")
-    return len(visible), sum(path.stat().st_size for path in visible.values())
+    return len(visible), total_bytes
 
 
 def probe(store: Store) -> None:

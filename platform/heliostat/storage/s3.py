@@ -173,8 +173,11 @@ def _build_client(pid: int, settings: tuple[tuple[str, str], ...], retry: Retry)
     region = dict(settings).get("AWS_REGION") or session.region_name or "us-east-1"
     try:
         return session.client("s3", region_name=region, config=config)
-    except ValueError as error:
-        raise HeliostatError(f"{error}: write AWS_ENDPOINT_URL like http://host:8333") from error
+    except ValueError:  # botocore quotes the whole endpoint, with a password if it has one
+        raise HeliostatError(
+            "AWS_ENDPOINT_URL is no URL, or AWS_REGION no region: write them like http://host:8333 "
+            "and us-east-1"
+        ) from None
 
 
 def _endpoint(retry: Retry) -> str:

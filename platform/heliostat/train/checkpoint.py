@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store
-from heliostat.train.pieces import Piece, hash_bytes
+from heliostat.train.pieces import Span, hash_bytes
 
 Best = Literal["lower", "higher"]
 
@@ -29,6 +29,24 @@ class Corrupt(HeliostatError):
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A box of a tensor: where it begins in the tensor, its shape, and its bytes in a file."""
+
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of `size` bytes: those of its header, then those of pieces without a gap."""
+
+    size: int
+    header: Span
+
+
+@dataclass(frozen=True)
 class Stored:
     """A tensor in a checkpoint: its type in the words of safetensors, and its pieces."""
 
@@ -39,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds: `files` by size in bytes, `extra` whatever JSON the run keeps.
+    """What a checkpoint holds; `extra` is whatever JSON the run keeps.
 
     `metric` is what retention ranks by. `fence` is the number of the writer, see `lease`.
     """
@@ -48,7 +66,7 @@ class Manifest:
     fence: int
     metric: float | None
     extra: Mapping[str, Any]
-    files: Mapping[str, int]
+    files: Mapping[str, File]
     tensors: Mapping[str, Stored]
 
 
@@ -96,7 +114,11 @@ def read_manifest(store: Store, key: str) -> Manifest:
             "with the version that wrote it, or choose another train.run"
         )
     tensors = {name: _parse_stored(told) for name, told in document.pop("tensors").items()}
-    return Manifest(tensors=tensors, **document)
+    files = {
+        name: File(told["size"], Span(**told["header"]))
+        for name, told in document.pop("files").items()
+    }
+    return Manifest(files=files, tensors=tensors, **document)
 
 
 def committed(store: Store, run: str) -> list[str]:
@@ -197,7 +219,7 @@ def _metric(store: Store, found: Found) -> float | None:
 
 def _parse_stored(told: Mapping[str, Any]) -> Stored:
     pieces = [
-        Piece(**{**piece, "at": tuple(piece["at"]), "shape": tuple(piece["shape"])})
+        Piece(tuple(piece["at"]), tuple(piece["shape"]), piece["file"], Span(**piece["span"]))
         for piece in told["pieces"]
     ]
     return Stored(told["dtype"], tuple(told["shape"]), tuple(pieces))

@@ -45,7 +45,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step is made: `rate` is the learning rate by step, `micro_batch` rows at a time."""
+    """How a step is made: `rate` is the learning rate by step, `micro_batch` rows at a time.
+
+    `ask` is called once a step on each rank and its numbers are summed over all: so that all act at
+    the same step on what one of them saw.
+    """
 
     rate: Callable[[int], float]
     seed: int = 0
@@ -55,6 +59,7 @@ class Recipe:
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
     )
+    ask: Callable[[], tuple[float, ...]] = tuple
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class StepReport:
     """One finished step over all ranks: `metrics` are means over the global batch, `loss` first.
 
     `seconds` is the wall time since it was asked for, `wait_seconds` the part spent on its batch.
-    `votes` are the sums over all ranks of what each was asked by `fit`.
+    `votes` are the sums of what each rank was asked by the recipe.
     """
 
     step: int
@@ -76,10 +81,6 @@ class StepReport:
     votes: tuple[float, ...] = ()
 
 
-def no_votes() -> tuple[float, ...]:
-    return ()
-
-
 def fit(
     model: nn.Module,
     task: Task,
@@ -89,13 +90,11 @@ def fit(
     *,
     first_step: int = 0,
     ranks: Ranks = ALONE,
-    ask: Callable[[], tuple[float, ...]] = no_votes,
 ) -> Iterator[StepReport]:
     """Train on `batches`, one optimiser step each, and report after each.
 
     The gradient is that of the mean over the global batch, however unevenly ranks and micro batches
     share it: each weights its sum by world_size / weight, and data parallel averages over ranks.
-    `ask` is called once a step on each rank: so all act at one step on what one of them saw.
 
     Raises:
         HeliostatError: the loss or the gradient is NaN or infinite; the optimiser has not stepped.
@@ -106,7 +105,7 @@ def fit(
         model.train()
         set_rate(optimizer, rate := recipe.rate(step))
         optimizer.zero_grad(set_to_none=True)
-        collect = _accumulate(model, task, batch, recipe, step, ranks, ask())
+        collect = _accumulate(model, task, batch, recipe, step, ranks)
         recipe.scaler.unscale_(optimizer)
         grad_norm = _clip(model, recipe.clip_norm)
         totals, votes = collect()
@@ -164,7 +163,6 @@ def _accumulate(
     recipe: Recipe,
     step: int,
     ranks: Ranks,
-    votes: tuple[float, ...],
 ) -> Callable[[], tuple[dict[str, float], tuple[float, ...]]]:
     """Forward and backward over all micro batches; how to get the sums and votes of all ranks.
 
@@ -187,7 +185,7 @@ def _accumulate(
             sums.append({name: total.detach() for name, total in measured.items()})
             if last:
                 totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
-                totals = torch.cat([totals, totals.new_tensor(votes)])
+                totals = torch.cat([totals, totals.new_tensor(recipe.ask())])
                 work = (
                     distributed.all_reduce(totals, async_op=True) if ranks.world_size > 1 else None
                 )

@@ -106,9 +106,10 @@ def fit_micro_batch(
         torch.compiler.reset()
     if not rows:
         raise HeliostatError(
-            f"train.micro_batch=auto: a step of one of the {signature.input.describe()} does not "
-            f"fit the {there / GIB:.1f} GiB that are free: set train.recompute=true or "
-            "train.strategy=fsdp over more workers, or make the model smaller"
+            f"train.micro_batch=auto: a step of a single row (the data is "
+            f"{signature.input.describe()}) does not fit the {there / GIB:.1f} GiB that are free: "
+            "set train.recompute=true or train.strategy=fsdp over more workers, or make the model "
+            "smaller"
         )
     share = "a worker's whole share, " if rows == most else ""
     spare = 1 - measured[rows] / there
@@ -177,21 +178,21 @@ def _measure_cuda(step: Callable[[], None]) -> int | None:
         step()
     except torch.cuda.OutOfMemoryError:
         return None
-    return torch.cuda.max_memory_reserved()
+    return int(torch.cuda.max_memory_reserved())
 
 
 def _measure_cpu(step: Callable[[], None]) -> int | None:
     """Bytes of the tensors that were made and alive together at most."""
     with _Meter() as meter:
         step()
-    return meter.peak_bytes
+    return int(meter.peak_bytes)
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storage of every tensor that an operation makes, until it is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bytes: dict[int, int] = {}
         self._live_bytes = self.peak_bytes = 0
 

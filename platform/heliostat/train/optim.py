@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from heliostat.spec import OptimizerSpec, ScheduleSpec
 
@@ -15,7 +16,8 @@ _KINDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]] 
     "adam": (torch.optim.Adam, ("betas", "eps")),
     "adamw": (torch.optim.AdamW, ("betas", "eps")),
 }
-_FUSED = {"sgd", "adam", "adamw"}
+# Fused over whole weights and over sharded ones: PyTorch has no fused SGD for the latter.
+_FUSED = {False: {"sgd", "adam", "adamw"}, True: {"adam", "adamw"}}
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
@@ -25,9 +27,9 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     """
     kind, keys = _KINDS[spec.kind]
     settings: dict[str, Any] = {key: getattr(spec, key) for key in keys}
-    if spec.kind in _FUSED:
-        settings["fused"] = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if spec.kind in _FUSED[any(isinstance(parameter, DTensor) for parameter in trained)]:
+        settings["fused"] = True
     if spec.decay == "all":
         return kind(trained, lr=spec.lr, weight_decay=spec.weight_decay, **settings)
     groups = [

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from heliostat.errors import HeliostatError
 
-FILE_BYTES = 128 * 1024**2  # held in memory while it is uploaded
-
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -30,18 +28,6 @@ _NAMES = {
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A box of a tensor in a file: where it begins in the tensor, its shape, its bytes there."""
-
-    at: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    size: int
-    sha256: str
-
-
 def name_type(name: str, dtype: torch.dtype) -> str:
     """The name that safetensors has for `dtype`.
 
@@ -57,7 +43,7 @@ def find_type(name: str) -> torch.dtype:
     return _TYPES[name]
 
 
-def split_files(sizes: Mapping[str, int], most: int = FILE_BYTES) -> Iterator[list[str]]:
+def split_files(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
     """The keys of `sizes` in order, in groups of at most `most` bytes or of one key."""
     group: list[str] = []
     for key, size in sizes.items():
@@ -69,26 +55,40 @@ def split_files(sizes: Mapping[str, int], most: int = FILE_BYTES) -> Iterator[li
         yield group
 
 
-def encode(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, tuple[int, int, str]]]:
-    """A safetensors file of contiguous host tensors, and (offset, size, SHA-256) of each in it."""
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file."""
+
+    offset: int
+    size: int
+    sha256: str
+
+
+def encode(tensors: Mapping[str, Tensor]) -> tuple[bytes, Span, dict[str, Span]]:
+    """A safetensors file of contiguous host tensors; where its header and each tensor lie in it."""
     views = {name: _view(tensor) for name, tensor in tensors.items()}
     stops = list(itertools.accumulate(len(view) for view in views.values()))
-    spans = {name: (stop - len(views[name]), stop) for name, stop in zip(views, stops, strict=True)}
-    header = {
-        name: {
-            "dtype": name_type(name, tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": spans[name],
-        }
-        for name, tensor in tensors.items()
+    offsets = {
+        name: [stop - len(views[name]), stop] for name, stop in zip(views, stops, strict=True)
     }
-    text = json.dumps(header).encode()
+    text = json.dumps(
+        {
+            name: {
+                "dtype": name_type(name, tensor.dtype),
+                "shape": list(tensor.shape),
+                "data_offsets": offsets[name],
+            }
+            for name, tensor in tensors.items()
+        }
+    ).encode()
     text += b" " * (-len(text) % 8)
-    places = {
-        name: (8 + len(text) + spans[name][0], len(view), hash_bytes(view))
+    header = len(text).to_bytes(8, "little") + text
+    spans = {
+        name: Span(len(header) + offsets[name][0], len(view), hash_bytes(view))
         for name, view in views.items()
     }
-    return b"".join([len(text).to_bytes(8, "little"), text, *views.values()]), places
+    head = Span(0, len(header), hash_bytes(header))
+    return b"".join([header, *views.values()]), head, spans
 
 
 def decode(data: memoryview, dtype: str, shape: Sequence[int]) -> Tensor:

@@ -168,7 +168,8 @@ class Progress:
         self._step = first_step
         self._line, self._curve, self._checkpoint = (Stretch(ledger) for _ in range(3))
         self._drawn = ledger.clock()
-        self._values: dict[str, float] = {}
+        self._means: dict[str, float] = {}
+        self._pace: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, "goodput")
         self._writing: Future[None] | None = None
@@ -195,11 +196,11 @@ class Progress:
 
     def show(self) -> None:
         """Tell what happened since the last time, and begin anew."""
-        pace = self._line.pace(self._ledger, self._workload)
+        if self._line or not self._means:
+            self._draw_line()
         spent = self._ledger.total.values
-        self._draw_line()
-        emit(self._step, {**self._values, **spent}, self._live)
-        emit(self._step, {**pace, **spent}, [self._curves])
+        emit(self._step, {**self._means, **self._pace, **spent}, self._live)
+        emit(self._step, {**self._pace, **spent}, [self._curves])
         self._line = Stretch(self._ledger)
         if self._writing is None or self._writing.done():
             self._writing = self._record_attempt()
@@ -246,9 +247,10 @@ class Progress:
 
     def _draw_line(self) -> None:
         if self._line:
-            pace = self._line.pace(self._ledger, self._workload)
-            self._values = {**self._line.means(), **pace}
-        line = render(self._workload, self._step, {**self._values, **self._validation})
+            self._means = self._line.means()
+            self._pace = self._line.pace(self._ledger, self._workload)
+        shown = {**self._means, **self._pace, **self._validation}
+        line = render(self._workload, self._step, shown)
         self._display.show(line, min(1.0, self._step / self._workload.steps))
         self._drawn = self._ledger.clock()
 

@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +14,19 @@ import torch
 from heliostat import storage
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest, load_manifest
-from heliostat.hardware import find_peak
+from heliostat.errors import HeliostatError
+from heliostat.hardware import peak_flops
 from heliostat.metrics import Sink
 from heliostat.models import build, count_parameters, task_of
 from heliostat.models.cost import measure_cost
+from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks
 from heliostat.spec import RunSpec
 from heliostat.train import checkpoint, goodput, loop, sharded
 from heliostat.train.ema import Average
 from heliostat.train.goodput import CHECKPOINT, VALIDATION, Ledger
 from heliostat.train.lease import raise_fence
+from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer, rate_at
 from heliostat.train.parallel import Parallel, parallelize
 from heliostat.train.progress import Progress, Workload
@@ -56,10 +58,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs: `fetch` gives it chunks of rows, `noticed` says that the node will go."""
+    """Where a worker runs, one of `neighbours` on its machine.
+
+    `fetch` gives it chunks of rows, `noticed` says whether a node will be taken away.
+    """
 
     ranks: loop.Ranks
     device: torch.device
+    neighbours: int
     fetch: Callable[[int], pa.Table]
     noticed: Callable[[], bool] = lambda: False
     live: Sequence[Sink] = ()
@@ -77,7 +83,7 @@ class Position:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    trend: Trend = Trend()
+    trend: Trend = field(default_factory=Trend)
     scaler: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self, manifest: Manifest, seed: int, steps_per_epoch: int) -> dict[str, Any]:
@@ -127,6 +133,7 @@ class _Worker:
         earlier = goodput.load_attempts(self._store, job.run) if self._is_first else []
         self._ledger = Ledger(job.submission, earlier, place.waited)
         self._parallel, self._state, self._average = self._build()
+        self._micro_batch = self._choose_micro_batch()
         self._position = self._restore()
         self._resumed = time.monotonic() - self._position.seconds
         best = self._best if self._train.validate_steps else None
@@ -139,6 +146,7 @@ class _Worker:
             clip_norm=self._train.clip_norm,
             autocast=self._parallel.autocast,
             scaler=self._parallel.scaler,
+            ask=self._vote,
         )
         self._progress = self._open_progress() if self._is_first else None
 
@@ -174,10 +182,6 @@ class _Worker:
         """The most rows of a global batch that a rank has."""
         return -(-self._train.global_batch // self._ranks.world_size)
 
-    @property
-    def _micro_batch(self) -> int | None:
-        return self._train.micro_batch if isinstance(self._train.micro_batch, int) else None
-
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._position.step % every == 0
 
@@ -190,6 +194,8 @@ class _Worker:
         model = self._job.spec.model
         torch.manual_seed(self._train.seed)
         network = build(model, self._manifest.signature)
+        if model.init:
+            load_pretrained(network, model, self._manifest.signature)
         task = task_of(model, self._manifest.signature)
         world_size = self._ranks.world_size
         parallel = parallelize(network, task, self._train, self._place.device, world_size)
@@ -197,6 +203,22 @@ class _Worker:
         average = Average(network, self._train.ema) if self._train.ema else None
         state = State(network, optimizer, average.tensors if average else {})
         return parallel, state, average
+
+    def _choose_micro_batch(self) -> int | None:
+        if self._train.micro_batch != "auto":
+            return self._train.micro_batch
+        found = fit_micro_batch(
+            self._parallel,
+            self._state.optimizer,
+            self._manifest.signature,
+            self._train,
+            self._place.device,
+            world_size=self._ranks.world_size,
+            neighbours=self._place.neighbours,
+        )
+        if self._is_first:
+            print(found, flush=True)
+        return found.rows
 
     def _restore(self) -> Position:
         """Go on from the newest checkpoint that verifies; a new run from its beginning."""
@@ -212,14 +234,13 @@ class _Worker:
 
     def _open_progress(self) -> Progress:
         signature = self._manifest.signature
-        peak = find_peak(self._place.device, self._train.precision)
         workload = Workload(
             self._job.steps,
             self._order.steps_per_epoch,
             curve_steps=max(1, self._job.steps // CURVE_POINTS),
             row_tokens=signature.input.length if isinstance(signature.input, Blocks) else 0,
-            row_flops=measure_cost(self._job.spec.model, signature).train_flops_per_sample,
-            peak_flops=(peak or 0.0) * self._ranks.world_size,
+            row_flops=self._count_row_flops(),
+            peak_flops=self._find_peak_flops(),
         )
         return Progress(
             self._store,
@@ -229,6 +250,21 @@ class _Worker:
             live=self._place.live,
             first_step=self._position.step,
         )
+
+    def _count_row_flops(self) -> float:
+        """0 where nobody can tell, as of a network of the user's own that looks at values."""
+        try:
+            cost = measure_cost(self._job.spec.model, self._manifest.signature)
+        except HeliostatError:
+            return 0.0
+        return cost.train_flops_per_sample
+
+    def _find_peak_flops(self) -> float:
+        device = self._place.device
+        if device.type != "cuda":
+            return 0.0
+        name = torch.cuda.get_device_name(device)
+        return self._ranks.world_size * (peak_flops(name, self._train.precision) or 0.0)
 
     def _fit(self) -> Iterator[loop.StepReport]:
         shares = stream.iter_shares(
@@ -247,7 +283,6 @@ class _Worker:
             self._recipe,
             first_step=self._position.step,
             ranks=self._ranks,
-            ask=self._vote,
         )
 
     def _vote(self) -> tuple[float, float]:
@@ -346,7 +381,7 @@ def _watched(seconds: float) -> Iterator[Callable[[], None]]:
     threads stands and ends: a rank that hangs would hold up all others for ever."""
 
     def alive() -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
     alive()
     try:

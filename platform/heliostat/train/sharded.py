@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store
 from heliostat.train import checkpoint, pieces
-from heliostat.train.checkpoint import Best, Corrupt, Manifest, Stored
+from heliostat.train.checkpoint import Best, Corrupt, File, Manifest, Piece, Stored
 from heliostat.train.lease import Fence
 from heliostat.train.peers import Peers, open_peers
-from heliostat.train.pieces import Piece
+from heliostat.train.pieces import Span
 from heliostat.train.state import (
     AVERAGE,
     MODEL,
@@ -42,6 +43,7 @@ from heliostat.train.state import (
     take_local,
 )
 
+FILE_BYTES = 128 * 1024**2  # held in memory while it is uploaded
 PARALLEL_WRITES = 4
 PARALLEL_READS = 8
 READ_BYTES = 64 * 1024**2
@@ -51,7 +53,7 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint: how long it took from `begin` on, and what this rank wrote."""
+    """A committed checkpoint: how long the writing took after `begin`, and what this rank wrote."""
 
     key: str
     step: int
@@ -120,7 +122,7 @@ class Writer:
             self._plan = _make_plan(self._peers, tensors)
         plan = self._plan
         self._staged = _stage(plan.mine, tensors, self._staged)
-        task = _Task(step, json.loads(json.dumps(extra)), metric, began)
+        task = _Task(step, json.loads(json.dumps(extra)), metric, time.perf_counter())
         self._pending = self._thread.submit(self._write, task, plan, self._staged)
         return time.perf_counter() - began
 
@@ -157,7 +159,9 @@ class Writer:
             peers.first(lambda: _try(lambda: checkpoint.discard(store, key)))
             raise
         seconds = time.perf_counter() - task.began
-        return Saved(key, task.step, seconds, sum(written[peers.rank].files.values()))
+        return Saved(
+            key, task.step, seconds, sum(file.size for file in written[peers.rank].files.values())
+        )
 
     def _commit(self, key: str, manifest: Manifest) -> None:
         if self._fence:
@@ -190,6 +194,8 @@ def read_newest(
             return _restore(store, key, state, peers)
         except Corrupt as error:
             warn(f"passing over checkpoint {key}: {error}")
+            # Else retention would take it for the newest, and delete what is written after it.
+            peers.first(partial(checkpoint.revoke, store, key))
     return None
 
 
@@ -255,10 +261,18 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Written:
-    """The files of a rank by size in bytes, and the piece of each tensor that it wrote."""
+    """The files of a rank, and the piece of each tensor that it wrote."""
 
-    files: Mapping[str, int]
+    files: Mapping[str, File]
     pieces: Mapping[str, Piece]
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """What is read and verified as one."""
+
+    file: str
+    span: Span
 
 
 class _Buffered(DefaultLoadPlanner):
@@ -330,27 +344,20 @@ def _write_files(
     def write(numbered: tuple[int, list[str]]) -> _Written:
         number, names = numbered
         file = f"rank-{rank:05d}-{number:03d}.safetensors"
-        data, places = pieces.encode({by_name[name].label: staged[name] for name in names})
+        data, header, spans = pieces.encode({by_name[name].label: staged[name] for name in names})
         store.write(f"{key}/{file}", data)
-        return _Written(
-            {file: len(data)},
-            {
-                name: Piece(
-                    by_name[name].at,
-                    tuple(staged[name].shape),
-                    file,
-                    *places[by_name[name].label],
-                )
-                for name in names
-            },
-        )
+        placed = {
+            part.name: Piece(part.at, tuple(staged[part.name].shape), file, spans[part.label])
+            for part in map(by_name.__getitem__, names)
+        }
+        return _Written({file: File(len(data), header)}, placed)
 
     with ThreadPoolExecutor(PARALLEL_WRITES) as threads:
-        return _join(threads.map(write, enumerate(pieces.split_files(sizes))))
+        return _join(threads.map(write, enumerate(pieces.split_files(sizes, FILE_BYTES))))
 
 
 def _join(written: Iterable[_Written]) -> _Written:
-    files: dict[str, int] = {}
+    files: dict[str, File] = {}
     placed: dict[str, Piece] = {}
     for part in written:
         files |= part.files
@@ -420,63 +427,64 @@ def _fill(
     """
     planner = _Buffered(buffers)
     planner.set_up_planner(dict(targets), _to_metadata(manifest))
-    wanted: dict[Piece, list[ReadItem]] = {}
+    wanted: dict[_Bytes, list[tuple[Piece, ReadItem]]] = {}
     for item in planner.create_local_plan().items:
-        stored = manifest.tensors[item.storage_index.fqn]
-        wanted.setdefault(_find_piece(stored, item.storage_index), []).append(item)
-    for file in {piece.file for piece in wanted}:
-        entry = store.stat(f"{key}/{file}")
-        if entry is None or entry.size != manifest.files[file]:
-            size = f"{entry.size} bytes" if entry else "nothing"
-            raise Corrupt(f"{file} is {size} instead of {manifest.files[file]} bytes")
+        piece = _find_piece(manifest, item.storage_index)
+        wanted.setdefault(_Bytes(piece.file, piece.span), []).append((piece, item))
+    for file in {part.file for part in wanted}:
+        told, entry = manifest.files[file], store.stat(f"{key}/{file}")
+        if entry is None or entry.size != told.size:
+            size = f"has {entry.size} bytes" if entry else "is missing"
+            raise Corrupt(f"{file} {size}, {told.size} bytes were committed")
+        wanted[_Bytes(file, told.header)] = []
 
-    def read(adjacent: list[Piece]) -> None:
+    def read(adjacent: list[_Bytes]) -> None:
         data = memoryview(bytearray(_read_range(store, key, adjacent)))
-        for piece in adjacent:
-            start = piece.offset - adjacent[0].offset
-            body = data[start : start + piece.size]
-            if pieces.hash_bytes(body) != piece.sha256:
-                name = wanted[piece][0].storage_index.fqn
-                raise Corrupt(f"{name} in {piece.file} does not match its SHA-256")
-            for item in wanted[piece]:
+        for part in adjacent:
+            start = part.span.offset - adjacent[0].span.offset
+            body = data[start : start + part.span.size]
+            if pieces.hash_bytes(body) != part.span.sha256:
+                raise Corrupt(f"{part.file} does not match a SHA-256, at byte {part.span.offset:,}")
+            for piece, item in wanted[part]:
                 dtype = manifest.tensors[item.storage_index.fqn].dtype
                 box = zip(item.storage_offsets, item.lengths, strict=True)
                 source = pieces.decode(body, dtype, piece.shape)
-                part = source[tuple(slice(begin, begin + length) for begin, length in box)]
-                planner.resolve_tensor(item).copy_(part)
+                chosen = source[tuple(slice(begin, begin + length) for begin, length in box)]
+                planner.resolve_tensor(item).copy_(chosen)
 
     with ThreadPoolExecutor(PARALLEL_READS) as threads:
         list(threads.map(read, _adjoin(wanted)))
 
 
-def _adjoin(wanted: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that lie one after the other in a file together, to be read at once."""
-    group: list[Piece] = []
-    for piece in sorted(wanted, key=lambda piece: (piece.file, piece.offset)):
-        last = group[-1] if group else None
-        if last and (
-            (last.file, last.offset + last.size) != (piece.file, piece.offset)
-            or piece.offset + piece.size - group[0].offset > READ_BYTES
-        ):
+def _adjoin(wanted: Iterable[_Bytes]) -> Iterator[list[_Bytes]]:
+    """What lies one after the other in a file together, to be read at once."""
+    group: list[_Bytes] = []
+    for part in sorted(wanted, key=lambda part: (part.file, part.span.offset)):
+        if group and not _is_next(group, part):
             yield group
             group = []
-        group.append(piece)
+        group.append(part)
     if group:
         yield group
 
 
-def _read_range(store: Store, key: str, adjacent: list[Piece]) -> bytes:
-    first, last = adjacent[0], adjacent[-1]
+def _is_next(group: list[_Bytes], part: _Bytes) -> bool:
+    last, begin = group[-1], group[0].span.offset
+    adjacent = (last.file, last.span.offset + last.span.size) == (part.file, part.span.offset)
+    return adjacent and part.span.offset + part.span.size - begin <= READ_BYTES
+
+
+def _read_range(store: Store, key: str, adjacent: list[_Bytes]) -> bytes:
+    file, begin, last = adjacent[0].file, adjacent[0].span.offset, adjacent[-1].span
     try:
-        length = last.offset + last.size - first.offset
-        return store.read_range(f"{key}/{first.file}", first.offset, length)
+        return store.read_range(f"{key}/{file}", begin, last.offset + last.size - begin)
     except Missing as error:
-        raise Corrupt(f"{first.file} is missing") from error
+        raise Corrupt(f"{file} is missing") from error
 
 
-def _find_piece(stored: Stored, index: MetadataIndex) -> Piece:
+def _find_piece(manifest: Manifest, index: MetadataIndex) -> Piece:
     at = tuple(index.offset or ())
-    return next(piece for piece in stored.pieces if piece.at == at)
+    return next(piece for piece in manifest.tensors[index.fqn].pieces if piece.at == at)
 
 
 def _to_metadata(manifest: Manifest) -> Metadata:

@@ -1,0 +1,72 @@
+"""What a device could do at best: the divisor of MFU, from its data sheet or measured."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRIES = 5
+WIDTHS = {"cpu": 512, "cuda": 8192}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dense TFLOP/s (fp16 and bf16, fp32 without TF32) of NVIDIA's data sheets, by what the name of the
+# device begins with. The first that fits counts.
+PUBLISHED = {
+    "NVIDIA A100": (312.0, 19.5),
+    "NVIDIA H100 PCIe": (756.0, 51.0),
+    "NVIDIA H100 NVL": (835.0, 60.0),
+    "NVIDIA H100": (989.0, 67.0),
+    "NVIDIA H200": (989.0, 67.0),
+    "NVIDIA L40S": (362.0, 91.6),
+    "NVIDIA L4": (121.0, 30.3),
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Floating point operations a second of one device, and where the figure comes from."""
+
+    device: str
+    precision: str
+    flops: float
+    source: str
+
+    def render(self) -> str:
+        """`NVIDIA H100 80GB HBM3, bf16: 989 TFLOP/s (data sheet)`."""
+        unit, scale = ("TFLOP/s", 1e12) if self.flops >= 1e12 else ("GFLOP/s", 1e9)
+        return f"{self.device}, {self.precision}: {self.flops / scale:,.3g} {unit} ({self.source})"
+
+
+def find_peak(device: torch.device, precision: str) -> Peak:
+    """The peak of `device` for `precision` (fp32, bf16 or fp16).
+
+    Of a device without a data sheet, as a CPU, it is the best of a few matrix products, which take
+    some hundredths of a second.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    if published := look_up(name, precision):
+        return Peak(name, precision, published, "data sheet")
+    return Peak(name, precision, _measure(device, DTYPES[precision]), "a matrix product, measured")
+
+
+def look_up(name: str, precision: str) -> float | None:
+    """What the data sheet says of the device called `name`; None if there is none."""
+    for begin, (half_tflops, single_tflops) in PUBLISHED.items():
+        if name.startswith(begin):
+            return (single_tflops if precision == "fp32" else half_tflops) * 1e12
+    return None
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    width = WIDTHS[device.type]
+    matrix = torch.randn(width, width, device=device, dtype=dtype)
+    seconds = min(_time_product(matrix) for _ in range(TRIES))
+    return 2 * width**3 / seconds
+
+
+def _time_product(matrix: Tensor) -> float:
+    began = time.perf_counter()
+    # Reading one number waits for a device that works on its own.
+    (matrix @ matrix)[0, 0].item()
+    return time.perf_counter() - began

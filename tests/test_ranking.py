@@ -1,0 +1,141 @@
+"""Ranking: the same as counting it user by user, and blind to what a user already has."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as nps
+from torch import Tensor, nn
+
+from heliostat.data.features import IdColumn, NumericColumn, TableFeatures, input_of
+from heliostat.evaluate import Predictor
+from heliostat.evaluate.ranking import can_rank, measure_ranks, rank_items, render
+from heliostat.models.tasks import choose_task
+from heliostat.signature import Classes, Numbers, Output, Signature
+
+RATING = Numbers(("stars",), (3.5,), (1.0,))
+USER = IdColumn("user", ("a", "b", "c"))
+ITEM = IdColumn("item", tuple(str(number) for number in range(12)))
+
+
+def count_slowly(
+    scores: list[float], excluded: list[bool], relevant: list[bool], top: int
+) -> tuple[float, float, float] | None:
+    """Hit rate, recall and NDCG of one user, as they are written in books."""
+    items = [item for item in range(len(scores)) if not excluded[item]]
+    liked = [item for item in items if relevant[item]]
+    if not liked:
+        return None
+    ranking = sorted(items, key=lambda item: -scores[item])[:top]
+    found = [rank for rank, item in enumerate(ranking, start=1) if item in liked]
+    gain = sum(1 / math.log2(1 + rank) for rank in found)
+    best = sum(1 / math.log2(1 + rank) for rank in range(1, min(top, len(liked)) + 1))
+    return float(bool(found)), len(found) / len(liked), gain / best
+
+
+@given(st.integers(0, 5), st.integers(1, 8), st.integers(1, 10), st.data())
+def test_ranks_are_those_counted_one_by_one(
+    users: int, items: int, top: int, data: st.DataObject
+) -> None:
+    shape = (users, items)
+    scores = data.draw(nps.arrays(np.float32, shape, elements=st.integers(-3, 3)))
+    excluded, relevant = (data.draw(nps.arrays(np.bool_, shape)) for _ in range(2))
+    measured = measure_ranks(scores, excluded, relevant, top)
+    slow = [
+        count_slowly(*rows, top=top)
+        for rows in zip(scores.tolist(), excluded.tolist(), relevant.tolist(), strict=True)
+    ]
+    counted = [one for one in slow if one]
+    assert measured["users"] == len(counted)
+    sums = np.sum(counted, axis=0) if counted else np.zeros(3)
+    names = [f"{name}@{top}" for name in ("hit_rate", "recall", "ndcg")]
+    assert [measured[name] for name in names] == pytest.approx(sums)
+
+
+def test_a_perfect_order_scores_1_and_a_reversed_one_0() -> None:
+    relevant = np.zeros((2, 40), np.bool_)
+    relevant[:, :15] = True
+    best, worst = (
+        measure_ranks(sign * np.arange(40.0)[None].repeat(2, axis=0), ~relevant & False, relevant)
+        for sign in (-1, 1)
+    )
+    assert best["ndcg@10"] == best["hit_rate@10"] == 2
+    assert best["recall@10"] == pytest.approx(2 * 10 / 15)
+    assert (worst["ndcg@10"], worst["hit_rate@10"], worst["recall@10"]) == (0, 0, 0)
+
+
+class ByItem(nn.Module):
+    """Every user likes the items with high numbers."""
+
+    def forward(self, ids: Tensor, others: Tensor) -> Tensor:
+        assert others.shape == (len(ids), 0)
+        return ids[:, 1:].float()
+
+
+class AgainstItem(nn.Module):
+    """Two logits; every user likes the items with low numbers."""
+
+    def forward(self, ids: Tensor, others: Tensor) -> Tensor:
+        return torch.stack([torch.zeros(len(ids)), -ids[:, 1].float()], dim=1)
+
+
+def make_predictor(
+    features: TableFeatures, output: Output = RATING, network: nn.Module | None = None
+) -> Predictor:
+    task = choose_task(Signature(input_of(features), output))
+    return Predictor(network or ByItem(), task, features, output)
+
+
+def make_rows(*rows: tuple[str, str, float]) -> dict[str, npt.NDArray[np.generic]]:
+    users, items, stars = zip(*rows, strict=True)
+    return {
+        "x.user": np.array(users, object),
+        "x.item": np.array(items, object),
+        "label": np.array(stars),
+    }
+
+
+def test_new_items_are_ranked_among_all_that_the_user_does_not_have() -> None:
+    predictor = make_predictor(TableFeatures((USER, ITEM)))
+    known = make_rows(("a", "11", 5.0), ("b", "0", 1.0))
+    test = make_rows(
+        ("a", "10", 4.0),  # now the first for a
+        ("a", "3", 3.5),  # not above the mean
+        ("b", "1", 5.0),  # behind ten others
+        ("c", "0", 1.0),  # c likes nothing
+        ("a", "new", 5.0),
+        ("new", "11", 5.0),
+    )
+    ranked = rank_items(predictor, [known], [test])
+    assert ranked == {"ranked_users": 2, "hit_rate@10": 0.5, "recall@10": 0.5, "ndcg@10": 0.5}
+    assert "ndcg@10 0.5" in render(ranked)
+    assert rank_items(predictor, [known], [make_rows(("c", "0", 1.0))]) == {"ranked_users": 0}
+
+
+def test_classes_are_ranked_by_the_second() -> None:
+    features, classes = TableFeatures((USER, ITEM)), Classes(("no", "yes"))
+    predictor = make_predictor(features, classes, AgainstItem())
+    test = make_rows(("a", "0", 1), ("a", "11", 0), ("b", "11", 1))
+    ranked = rank_items(predictor, [], [test])
+    assert (ranked["ranked_users"], ranked["hit_rate@10"]) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "output"),
+    [
+        ((USER,), RATING),
+        ((USER, ITEM, NumericColumn("age", 0.0, 1.0, False)), RATING),
+        ((USER, NumericColumn("age", 0.0, 1.0, False)), RATING),
+        ((USER, ITEM), Numbers(("a", "b"), (0.0, 0.0), (1.0, 1.0))),
+        ((USER, ITEM), Classes(("a", "b", "c"))),
+    ],
+)
+def test_what_has_no_order_of_items_is_not_ranked(columns: tuple, output: Output) -> None:  # type: ignore[type-arg]
+    predictor = make_predictor(TableFeatures(columns), output)
+    assert not can_rank(predictor)
+    assert rank_items(predictor, [], []) == {}
+    assert render({}) == ""
