@@ -21,7 +21,9 @@ from ray.serve.schema import LoggingConfig
 
 from heliostat import registry
 from heliostat.archive import store_code
+from heliostat.data.features import features_from_json
 from heliostat.errors import HeliostatError
+from heliostat.serve.protocol import zero_instance
 from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
 from heliostat.storage import Conflict, Missing, Store, connect
 
@@ -129,6 +131,7 @@ def deploy(spec: RunSpec) -> str:
     name = spec.name
     version = registry.resolve(store, reference(name, spec.deploy.version))
     registry.load_weights(store, version)
+    zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = Serve()
     check_root(store, client.describe())
     place = partial(
