@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
@@ -149,8 +148,7 @@ def overflow() -> tuple[float, float]:
     parallel = parallelize(model, TASK, TrainSpec(strategy="fsdp"), CPU, world_size=3)
     optimizer = build_optimizer(OPTIMIZER, model)
     scaler.scale(parallel.model(torch.ones(1, 4)).sum()).backward()
-    weight: Any = model.weight
-    assert isinstance(weight, DTensor)
+    weight: Any = model.weight  # a DTensor now
     before = weight.full_tensor().clone()
     if distributed.get_rank() == 0:
         weight.grad.to_local()[0] = float("inf")

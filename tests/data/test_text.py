@@ -513,4 +513,6 @@ def test_a_corpus_is_prepared_to_the_same_version_however_it_is_cut_into_tasks(
     assert manifest.report["rows_read"] == 91
     assert 0 < manifest.report["unigram_nats"] < math.log(300)
     assert "1 bad rows of 91" in summarise(manifest)
-    assert prepare(spec) == require_prepared(spec) == load_manifest(store, "poems", manifest.version)
+    assert (
+        prepare(spec) == require_prepared(spec) == load_manifest(store, "poems", manifest.version)
+    )
