@@ -222,6 +222,8 @@ class _Worker:
 
     def _restore(self) -> Position:
         """Go on from the newest checkpoint that verifies; a new run from its beginning."""
+        if self._is_first:
+            checkpoint.collect(self._store, self._job.run)
         say = print if self._is_first else _say_nothing
         restored = sharded.read_newest(self._store, self._job.run, self._state, say)
         if restored is None:
