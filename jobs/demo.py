@@ -3,7 +3,6 @@
 python jobs/demo.py
 """
 
-import io
 import json
 import os
 import re
@@ -13,16 +12,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from heliostat import evaluate, local, registry, storage
+from heliostat.data.digits import upload_digits
 from heliostat.data.manifest import load_manifest
 from heliostat.data.shards import read_group, to_columns
 from heliostat.errors import HeliostatError
@@ -51,7 +49,8 @@ def main() -> None:
             cluster = local.start(home, free_ports=True, report=print)
             os.environ.update(cluster.env)
             store = storage.connect(cluster.root)
-            upload_digits(store)
+            raw = storage.connect(f"{cluster.root}/{RAW}")
+            say(f"uploaded {upload_digits(raw):,} raw images to {raw.uri}")
             for stage in STAGES:
                 submit(stage)
             version = registry.resolve(store, "digits")
@@ -71,24 +70,6 @@ def main() -> None:
         f"the offline predictions, {time.monotonic() - began:.0f} s",
         flush=True,
     )
-
-
-def upload_digits(store: Store) -> None:
-    """Put scikit-learn's 1,797 digits into the bucket as PNG files, a folder per class."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-
-    def upload(number: int) -> None:
-        file = io.BytesIO()
-        Image.fromarray(pixels[number]).save(file, "PNG")
-        store.write(f"{RAW}/{digits.target[number]}/{number:04d}.png", file.getvalue())
-
-    with ThreadPoolExecutor(8) as threads:
-        for _ in threads.map(upload, range(len(pixels))):
-            pass
-    say(f"uploaded {len(pixels):,} raw images to {store.uri}/{RAW}")
 
 
 def submit(stage: str) -> None:

@@ -124,9 +124,7 @@ def test_a_second_live_writer_is_refused_by_the_name_of_the_first(
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(train, run, manifest)
         wait_until((journal / "done").exists, 120)
-        with pytest.raises(
-            HeliostatError, match=f"run mine .* by pid {os.getpid()}"
-        ):
+        with pytest.raises(HeliostatError, match=f"run mine .* by pid {os.getpid()}"):
             train(run, manifest)
         find_actor("RayTrainWorker").kill()
         assert pending.result().step == 300
