@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from heliostat.data.order import share
@@ -147,20 +149,21 @@ def overflow() -> tuple[float, float]:
     parallel = parallelize(model, TASK, TrainSpec(strategy="fsdp"), CPU, world_size=3)
     optimizer = build_optimizer(OPTIMIZER, model)
     scaler.scale(parallel.model(torch.ones(1, 4)).sum()).backward()
-    before = model.weight.full_tensor().clone()
+    weight, grad = cast(DTensor, model.weight), cast(DTensor, model.weight.grad)
+    before = weight.full_tensor().clone()
     if distributed.get_rank() == 0:
-        model.weight.grad.to_local()[0] = float("inf")
+        grad.to_local()[0] = float("inf")
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
-    moved = model.weight.full_tensor() - before
+    moved = weight.full_tensor() - before
     return float(moved.abs().max()), scaler.get_scale()
 
 
 def train_together(cases: list[Case], directory: Path) -> list[Seen]:
     """What each rank saw: of each case, and of the other collective laws."""
     world_size = max(case.world_size for case in cases)
-    multiprocessing.spawn(_work, (cases, directory), nprocs=world_size)
+    spawn(_work, (cases, directory), nprocs=world_size)  # type: ignore[no-untyped-call]
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 

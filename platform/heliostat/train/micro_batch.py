@@ -183,16 +183,17 @@ def _measure_cuda(step: Callable[[], None]) -> int | None:
 
 def _measure_cpu(step: Callable[[], None]) -> int | None:
     """Bytes of the tensors that were made and alive together at most."""
-    with _Meter() as meter:
+    meter = _Meter()
+    with meter:
         step()
     return meter.peak_bytes
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storage of every tensor that an operation makes, until it is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bytes: dict[int, int] = {}
         self._live_bytes = self.peak_bytes = 0
 
