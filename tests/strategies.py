@@ -157,7 +157,7 @@ def overflow() -> tuple[float, float]:
     scaler.step(optimizer)
     scaler.update()
     moved = weight.full_tensor() - before
-    return float(moved.abs().max()), scaler.get_scale()
+    return float(moved.detach().abs().max()), scaler.get_scale()
 
 
 def train_together(cases: list[Case], directory: Path) -> list[Seen]:
