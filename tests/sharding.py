@@ -118,7 +118,8 @@ def load_on_ranks(
 
 
 def load_damaged(place: str, rank: int, world_size: int, root: str, name: str) -> tuple[int, str]:
-    """Two checkpoints, the newer one damaged in a file `name`: the step found, and what is said."""
+    """Two checkpoints, the newer one damaged at the end of `name`, for a rank's file in a shard
+    that no other rank reads: the step found, and what is said."""
     said: list[str] = []
     with joined(place, rank, world_size):
         state = make_state(0, "fsdp")
@@ -126,7 +127,7 @@ def load_damaged(place: str, rank: int, world_size: int, root: str, name: str) -
         save(root, state, 1, 2)
         if rank == 0:
             newest = checkpoint.committed(connect(root), RUN)[0]
-            flip(Path(root, newest, name))
+            flip(Path(root, newest, name), -1)
         distributed.barrier()
         restored = sharded.read_newest(connect(root), RUN, make_state(1, "fsdp"), said.append)
     assert restored is not None
@@ -151,9 +152,10 @@ def save_poisoned(place: str, rank: int, world_size: int, root: str) -> tuple[st
     raise AssertionError("the checkpoint was written")
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, place: int | None = None) -> None:
+    """One bit, in the middle or in the byte at `place`."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 if place is None else place] ^= 1
     path.write_bytes(bytes(data))
 
 

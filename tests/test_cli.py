@@ -20,7 +20,7 @@ from heliostat import cli, local, registry, storage
 from heliostat.local import machine, processes
 from heliostat.local.home import Home, furnish, read_state
 
-COMMANDS = (["up"], ["status"], ["env"], ["down"], ["models"], ["models", "show"])
+COMMANDS = (["up"], ["status"], ["env"], ["down"], ["models"], ["models", "show"], ["export"])
 
 
 @pytest.fixture(autouse=True)

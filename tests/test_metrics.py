@@ -120,8 +120,9 @@ def test_prometheus_takes_every_name_and_label(name: str) -> None:
     assert metric.help
 
 
-def test_what_the_table_does_not_name_is_a_score_of_the_task() -> None:
-    assert collect({"accuracy": 1}) == [Sample("accuracy", TRAINING["score"], "accuracy", 1.0)]
+@pytest.mark.parametrize("key", ["accuracy", "top/5", "loss/other", "goodput", "goodput/"])
+def test_what_the_table_does_not_name_is_a_score_of_the_task(key: str) -> None:
+    assert collect({key: 1}) == [Sample(key, TRAINING["score"], key, 1.0)]
 
 
 @given(st.dictionaries(st.text(), SCALARS | OTHERS))

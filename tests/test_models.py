@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +37,8 @@ from heliostat.signature import (
 from heliostat.spec import (
     CnnSpec,
     CustomSpec,
+    EncoderSpec,
+    GptSpec,
     MlpSpec,
     ModelSpec,
     OptimizerSpec,
@@ -53,6 +56,7 @@ RATING = Numbers(("rating",), (3.5,), (1.1,))
 SPEED = Numbers(("mean", "peak"), (3.5, 9.0), (1.1, 2.0))
 TABLE, IMAGE, SERIES = Vector(7), Picture(3, 8, 8), Series(6, 5)
 TEXT, RATED = Text(6, 40), Interaction((20, 30), 3)
+BLOCKS = Blocks(12, 20, 0)
 LENET = CnnSpec(kind="cnn", channels=(6, 16), kernel=5, padding="valid", hidden=(120, 84))
 CUSTOM = CustomSpec(kind="custom", build="users_network:build", options={"hidden": 16})
 
@@ -67,7 +71,7 @@ CASES: dict[str, tuple[ModelSpec, Signature]] = {
         Signature(IMAGE, FOUR),
     ),
     "cnn-lenet": (LENET, Signature(Picture(3, 32, 32), TEN)),
-    "cnn-regression": (CnnSpec(kind="cnn", channels=(8,)), Signature(IMAGE, SPEED)),
+    "cnn-regression": (CnnSpec(kind="cnn", channels=(8,)), Signature(Picture(1, 9, 7), SPEED)),
     "gru": (RnnSpec(kind="rnn", width=16), Signature(SERIES, FOUR)),
     "gru-deep": (
         RnnSpec(kind="rnn", width=12, layers=2, bidirectional=True),
@@ -84,6 +88,22 @@ CASES: dict[str, tuple[ModelSpec, Signature]] = {
     "recsys-ids": (
         RecsysSpec(kind="recsys", embedding=4, hidden=()),
         Signature(Interaction((20, 30, 9), 0), FOUR),
+    ),
+    "encoder": (
+        EncoderSpec(kind="encoder", layers=2, width=16, max_positions=8),
+        Signature(TEXT, FOUR),
+    ),
+    "encoder-first-bce": (
+        EncoderSpec(kind="encoder", layers=1, width=16, pool="first", loss="bce"),
+        Signature(TEXT, TWO),
+    ),
+    "gpt": (
+        GptSpec(kind="gpt", layers=2, width=24, heads=6, kv_heads=2),
+        Signature(BLOCKS, NextToken()),
+    ),
+    "gpt-untied": (
+        GptSpec(kind="gpt", layers=1, width=16, tied=False),
+        Signature(BLOCKS, NextToken()),
     ),
     "custom": (CUSTOM, Signature(IMAGE, FOUR)),
     "custom-loss": (
@@ -197,7 +217,7 @@ def test_a_batch_without_rows_gives_every_weight_a_gradient_of_zero(case: str) -
     model, task = build(spec, signature), task_of(spec, signature)
     inputs = select(draw_inputs(signature.input, 1), torch.arange(0))
     outputs = model(*inputs)
-    assert outputs.shape == (0, task.width)
+    assert (len(outputs), outputs.shape[-1]) == (0, task.width)
     torch.autograd.backward(task.loss(outputs, draw_targets(signature, inputs)))
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.any()] == []
 
@@ -241,8 +261,12 @@ def test_the_cost_is_what_is_counted_when_real_rows_are_run(case: str) -> None:
     inputs = batch.inputs
     if isinstance(signature.input, Series | Text):
         inputs = (inputs[0], torch.full((rows,), signature.input.length))
-    # Without oneDNN, whose LSTM is one operation that the counter does not know.
-    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+    # oneDNN's LSTM and fused attention are operations that the counter does not know on a CPU.
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         outputs = model(*inputs)
         assert counter.get_total_flops() == rows * cost.flops_per_sample > 0
         torch.autograd.backward(task_of(spec, signature).loss(outputs, batch.targets))
@@ -271,11 +295,24 @@ def test_the_cost_of_a_cnn_is_the_formula() -> None:
     assert cost.train_flops_per_sample == 6 * sum(products) - 2 * products[0]
 
 
+def test_the_cost_of_a_gpt_is_the_formula() -> None:
+    """Two heads share a key and a value; scores and their sums are over all T x T pairs."""
+    spec = GptSpec(kind="gpt", layers=3, width=32, heads=4, kv_heads=2, ffn=48)
+    cost = measure_cost(spec, Signature(Blocks(10, 50, 0), NextToken()))
+    layer = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48
+    assert cost.parameters == 3 * (layer + 2 * 32) + 32 + 50 * 32
+    assert cost.flops_per_sample == 2 * 10 * (3 * (layer + 2 * 10 * 32) + 50 * 32)
+    assert cost.train_flops_per_sample == 3 * cost.flops_per_sample
+
+
 @pytest.mark.parametrize(("cell", "gates"), [("gru", 3), ("lstm", 4)])
 def test_the_cost_of_a_long_series_is_the_formula(cell: Any, gates: int) -> None:
     spec = RnnSpec(kind="rnn", cell=cell, width=8)
-    cost = measure_cost(spec, Signature(Series(5000, 3), FOUR))
+    cost, less = (measure_cost(spec, Signature(Series(steps, 3), FOUR)) for steps in (5000, 4000))
     assert cost.flops_per_sample == 5000 * 2 * gates * 8 * (3 + 8) + 2 * 8 * 4
+    # Of a step the inputs are kept and seven tensors of the cell's width, in either cell.
+    kept = cost.activation_bytes_per_sample - less.activation_bytes_per_sample
+    assert kept == 1000 * 4 * (3 + 7 * 8)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_ratings_are_prepared_end_to_end(cluster: object, bucket: str) -> None:
     data = {"source": source, "label": "stars", "task": "regression", "columns": kinds}
     manifest = prepare(parse({"name": "r", "root": bucket, "data": data, "model": {"kind": "mlp"}}))
     store = connect(bucket)
-    assert load_manifest(store, "r") == manifest
+    assert load_manifest(store, "r", manifest.version) == manifest
     assert "1 numbers: stars" in summarise(manifest)
     assert sum(manifest.rows.values()) == 600
     train = pa.concat_tables(

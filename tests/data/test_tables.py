@@ -196,7 +196,7 @@ def test_tables_that_cannot_be_a_data_set_are_refused(read: Read) -> None:
         ([], "no objects under"),
         ([".hidden.csv"], "no objects under"),
         (["a.csv", "b/c.png", "b/d.png"], "2 of images, 1 of csv: set data.format"),
-        (["a.txt", "b.txt", "README"], r"2 \*.txt, 1 without a suffix"),
+        (["a.log", "b.log", "README"], r"2 \*.log, 1 without a suffix"),
     ],
 )
 def test_a_source_without_one_form_is_refused(

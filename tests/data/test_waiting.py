@@ -13,7 +13,7 @@ def test_a_wait_is_said_with_its_numbers(
 ) -> None:
     import ray
 
-    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
+    say_if_waiting(cpus=0)  # connects to the cluster if nobody has
     total = int(ray.cluster_resources()["CPU"])
     wait_until(lambda: ray.available_resources().get("CPU") == total)
     say_if_waiting(cpus=total)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from heliostat.errors import HeliostatError
 from heliostat.models import build, encoder
-from heliostat.signature import Classes, Signature, Text, Vector
+from heliostat.signature import Classes, Signature, Text
 from heliostat.spec import EncoderSpec
 
 LENGTH, VOCAB, CLASSES = 12, 50, Classes(("ham", "spam", "other"))
@@ -65,11 +65,6 @@ def test_the_forward_pass_is_one_graph() -> None:
     network, ids = build_loud("mean"), sample_ids()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, LENGTHS), network(ids, LENGTHS))
-
-
-def test_rows_of_numbers_are_refused() -> None:
-    with pytest.raises(HeliostatError, match=r"encoder needs texts.*rows of 7 numbers"):
-        build(EncoderSpec(kind="encoder"), Signature(Vector(7), CLASSES))
 
 
 def test_texts_longer_than_the_positions_are_refused() -> None:

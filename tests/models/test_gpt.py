@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from heliostat.errors import HeliostatError
 from heliostat.models import build, gpt
-from heliostat.signature import Blocks, NextToken, Signature, Vector
+from heliostat.signature import Blocks, NextToken, Signature
 from heliostat.spec import GptSpec, RopeScalingSpec
 
 LENGTH, VOCAB, END = 24, 50, 3
@@ -145,12 +144,6 @@ def test_it_begins_near_the_uniform_distribution_with_small_residuals() -> None:
         network(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     )
     assert loss.item() == pytest.approx(math.log(VOCAB), rel=0.1)
-
-
-def test_rows_of_numbers_are_refused() -> None:
-    signature = Signature(Vector(7), NextToken())
-    with pytest.raises(HeliostatError, match=r"gpt needs blocks.*rows of 7 numbers.*language"):
-        gpt.build_gpt(SPECS["plain"], signature, VOCAB)
 
 
 @pytest.mark.gpu

@@ -134,7 +134,7 @@ def test_whenever_a_writer_is_killed_a_whole_checkpoint_is_found(
         else:
             break
         fresh = make_state(1)
-        found = sharded.read_newest(connect(root), run, fresh)
+        found = sharded.read_newest(connect(root), run, fresh, warn=pytest.fail)
         assert found is not None
         assert same(whole(fresh), whole(before if found.step == 2 else state))
     assert last > 15
@@ -370,6 +370,19 @@ def test_a_dead_run_s_unfinished_attempts_are_collected(root: str, state: State)
     Path(root, newest, "COMMITTED").unlink()
     assert checkpoint.collect(store, RUN) == [newest]
     assert left_of(store) == {before}
+
+
+def test_a_real_bucket_holds_checkpoints_leases_and_fences(bucket: str, state: State) -> None:
+    store, fresh = connect(bucket), make_state(1)
+    for _ in range(2):
+        with lease.hold(store, RUN):
+            fence = lease.raise_fence(store, RUN)
+            writer = sharded.Writer(store, RUN, keep=1, fence=fence)
+            writer.begin(fence.number, state, {})
+            writer.finish()
+    assert [found.step for found in checkpoint.find(store, RUN)] == [2]
+    assert sharded.read_newest(store, RUN, fresh) is not None
+    assert same(whole(fresh), whole(state))
 
 
 def test_runs_do_not_see_each_other(root: str, state: State) -> None:

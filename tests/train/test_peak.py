@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from heliostat.train.peak import DTYPES, PUBLISHED, Peak, find_peak, look_up
+from heliostat.hardware import ACCELERATORS, Accelerator, peak_flops
+from heliostat.train.peak import DTYPES, Peak, find_peak
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from heliostat.train.peak import DTYPES, PUBLISHED, Peak, find_peak, look_up
 def test_a_known_device_has_the_figure_of_its_data_sheet(
     name: str, precision: str, tflops: float
 ) -> None:
-    assert look_up(name, precision) == tflops * 1e12
+    assert peak_flops(name, precision) == tflops * 1e12
 
 
 @pytest.mark.parametrize(("flops", "told"), [(989e12, "989 TFLOP/s"), (33.4e9, "33.4 GFLOP/s")])
@@ -29,10 +30,10 @@ def test_a_peak_is_told_with_its_device_and_source(flops: float, told: str) -> N
     assert Peak("CPU", "fp32", flops, "measured").render() == f"CPU, fp32: {told} (measured)"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_no_row_hides_one_after_it(name: str) -> None:
-    half, single = PUBLISHED[name]
-    assert (look_up(name, "bf16"), look_up(name, "fp32")) == (half * 1e12, single * 1e12)
+@pytest.mark.parametrize("known", ACCELERATORS, ids=lambda known: known.name)
+def test_no_row_hides_one_after_it(known: Accelerator) -> None:
+    found = peak_flops(known.name, "bf16"), peak_flops(known.name, "fp32")
+    assert found == (known.half_flops, known.single_flops)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -41,4 +42,4 @@ def test_an_unknown_device_is_measured_and_says_so(precision: str) -> None:
     assert peak.flops > 0
     assert peak.render().startswith(f"CPU, {precision}: ")
     assert peak.render().endswith("FLOP/s (a matrix product, measured)")
-    assert look_up("CPU", precision) is None
+    assert peak_flops("CPU", precision) is None

@@ -18,12 +18,15 @@ from PIL import Image, ImageOps
 
 from heliostat.errors import HeliostatError
 from heliostat.signature import (
+    Blocks,
     Input,
     Interaction,
+    NextToken,
     Numbers,
     Output,
     Picture,
     Series,
+    Text,
     Vector,
 )
 
@@ -31,6 +34,8 @@ Columns = dict[str, NDArray[Any]]
 Arrays = tuple[NDArray[Any], ...]
 
 IMAGE = "image"
+TOKENS = "tokens"
+TEXT = "text"
 NUMBERS = "numbers"  # all numeric columns of a table side by side
 SERIES = "series"
 COLUMN_PREFIX = "x."  # of the other columns of a table
@@ -169,8 +174,36 @@ class SeriesFeatures:
     std: tuple[float, ...]
 
 
-Features = ImageFeatures | TableFeatures | SeriesFeatures
-STATISTICS_KINDS = {"image": ImageFeatures, "series": SeriesFeatures}
+@dataclass(frozen=True)
+class BlockFeatures:
+    """Packed documents, each closed by `end`; `token_bytes` is the text's bytes per token id.
+
+    `tokenizer` is the SHA-256 of the tokenizer.json that made the tokens.
+    """
+
+    length: int
+    vocab: int
+    end: int
+    tokenizer: str
+    token_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Texts of up to `length` tokens of the tokenizer.json with this SHA-256."""
+
+    length: int
+    vocab: int
+    tokenizer: str
+
+
+Features = ImageFeatures | TableFeatures | SeriesFeatures | BlockFeatures | TextFeatures
+FEATURE_KINDS = {
+    "image": ImageFeatures,
+    "series": SeriesFeatures,
+    "blocks": BlockFeatures,
+    "text": TextFeatures,
+}
 
 
 def features_to_json(features: Features) -> dict[str, Any]:
@@ -180,7 +213,11 @@ def features_to_json(features: Features) -> dict[str, Any]:
             {"kind": _kind_of(COLUMN_KINDS, column)} | asdict(column) for column in features.columns
         ]
         return {"kind": "table", "columns": columns, "unused": list(features.unused)}
-    return {"kind": _kind_of(STATISTICS_KINDS, features), **asdict(features)}
+    fields = asdict(features)
+    if isinstance(features, BlockFeatures):  # so many numbers that they stand as 16 bits in base64
+        sizes = np.array(features.token_bytes, "<u2").tobytes()
+        fields["token_bytes"] = base64.b64encode(sizes).decode()
+    return {"kind": _kind_of(FEATURE_KINDS, features), **fields}
 
 
 def features_from_json(document: dict[str, Any]) -> Features:
@@ -191,8 +228,15 @@ def features_from_json(document: dict[str, Any]) -> Features:
         return TableFeatures(
             tuple(map(_column_from_json, fields["columns"])), tuple(fields["unused"])
         )
-    statistics = {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
-    features: Features = STATISTICS_KINDS[kind](**fields | statistics)
+    if kind == "blocks":
+        sizes = np.frombuffer(base64.b64decode(fields["token_bytes"]), "<u2")
+        fields["token_bytes"] = sizes.tolist()
+    features: Features = FEATURE_KINDS[kind](
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+    )
     return features
 
 
@@ -217,11 +261,20 @@ def input_of(features: Features) -> Input:
             return Picture(features.channels, features.height, features.width)
         case SeriesFeatures():
             return Series(features.length, features.channels)
+        case BlockFeatures():
+            return Blocks(features.length, features.vocab, features.end)
+        case TextFeatures():
+            return Text(features.length, features.vocab)
         case TableFeatures():
             if features.ids:
                 sizes = tuple(len(column.values) + 1 for column in features.ids)
                 return Interaction(sizes, features.slots.width)
             return Vector(features.slots.width)
+
+
+def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
+    """How shards store tokens: in the smaller of the two types that holds them."""
+    return np.uint16 if vocab <= 2**16 else np.int32
 
 
 def encode(features: Features, columns: Columns) -> Arrays:
@@ -230,19 +283,29 @@ def encode(features: Features, columns: Columns) -> Arrays:
     Those of images are (N, height, width, channels) in 0..255. Those of a table are NUMBERS,
     float64 (N, numeric columns) with NaN where missing, and objects for each other column: str, or
     None where missing. A series is an object: float32 (length, channels) with NaN where missing.
+    Tokens are (N, length) or, of single texts, objects: the ids of each.
     """
     match features:
         case ImageFeatures():
             return (_encode_image(features, columns[IMAGE]),)
         case SeriesFeatures():
             return _encode_series(features, columns[SERIES])
+        case BlockFeatures():
+            return (columns[TOKENS].astype(np.int64),)
+        case TextFeatures():
+            return _pad(columns[TOKENS])
         case TableFeatures():
             inputs = _encode_table(features, columns)
             return (_encode_ids(features, columns), inputs) if features.ids else (inputs,)
 
 
 def encode_targets(output: Output, columns: Columns) -> NDArray[Any]:
-    """The targets of `output` from the column `label`: (N,) or, of numbers, (N, names)."""
+    """The targets of `output`: (N,) or, of numbers, (N, names) from the column `label`.
+
+    What follows a token is in the tokens themselves, (N, length).
+    """
+    if isinstance(output, NextToken):
+        return columns[TOKENS].astype(np.int64)
     label = columns["label"]
     if isinstance(output, Numbers):
         numbers = label.reshape(len(label), len(output.names))
@@ -256,17 +319,24 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
     An image is a nested list of numbers in 0..255 (height x width, and x channels if there are
     several) or {"b64": a PNG or JPEG file}; a table row is an object of column: value; a series is
     a list of steps, each a list of a number, or null, per channel (or one, not a list, if there is
-    one channel).
+    one channel). A text, or {"text": a text}, becomes the column `text`: who has the tokenizer
+    makes `tokens` of it.
 
     Raises:
         FieldError: a value that the model cannot take, by its path.
     """
     if not isinstance(instances, list) or not instances:
         raise FieldError("instances", "must be a list of at least one instance")
-    if isinstance(features, ImageFeatures):
-        return {IMAGE: _parse_images(features, instances)}
-    if isinstance(features, SeriesFeatures):
-        return {SERIES: stack_series(_parse_all_series(features, instances))}
+    match features:
+        case ImageFeatures():
+            return {IMAGE: _parse_images(features, instances)}
+        case SeriesFeatures():
+            return {SERIES: stack_series(_parse_all_series(features, instances))}
+        case TextFeatures():
+            texts = [_parse_document(text, f"instances[{i}]") for i, text in enumerate(instances)]
+            return {TEXT: np.array(texts, dtype=object)}
+        case BlockFeatures():
+            raise FieldError("instances", "cannot be given: a language model is asked otherwise")
     return _parse_rows(features, instances)
 
 
@@ -347,6 +417,15 @@ def _encode_image(features: ImageFeatures, pixels: NDArray[Any]) -> NDArray[np.f
     scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
     normal = pixels.astype(np.float32) * scale + shift
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
+
+
+def _pad(rows: NDArray[Any]) -> Arrays:
+    """Token ids (N, T), 0 after the end of a row, and the lengths (N,)."""
+    lengths = np.fromiter(map(len, rows), np.int64, count=len(rows))
+    padded = np.zeros((len(rows), lengths.max(initial=1)), np.int64)
+    if len(rows):
+        padded[np.arange(padded.shape[1]) < lengths[:, np.newaxis]] = np.concatenate(rows)
+    return padded, lengths
 
 
 def _encode_series(features: SeriesFeatures, rows: NDArray[Any]) -> Arrays:
@@ -497,6 +576,16 @@ def _check_pixels(value: object, shape: tuple[int, ...], path: str) -> None:
 
 def _is_pixel(value: object) -> bool:
     return type(value) in (int, float) and 0 <= cast(float, value) <= 255
+
+
+def _parse_document(instance: object, path: str) -> str:
+    if isinstance(instance, dict) and set(instance) == {"text"}:
+        instance, path = instance["text"], f"{path}.text"
+    if not isinstance(instance, str):
+        raise FieldError(path, 'must be a text, or {"text": a text}')
+    if not instance.strip():
+        raise FieldError(path, "must not be empty")
+    return instance
 
 
 def _parse_all_series(

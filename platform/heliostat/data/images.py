@@ -19,6 +19,8 @@ from heliostat.data.raw import (
     Source,
     Survey,
     Unit,
+    folder_of,
+    group_files,
     open_raw,
     raw_rows,
     sort_labels,
@@ -29,8 +31,6 @@ from heliostat.storage import Entry, Store
 
 HEADER_BYTES = 64 * 1024
 BATCH_BYTES = 16 * 1024 * 1024
-FILES_PER_UNIT = 1024
-UNIT_BYTES = 32 * 1024 * 1024
 PARALLEL_READS = 8
 ORIENTATION = 0x0112
 GREY_MODES = ("1", "L", "LA", "I", "I;16")
@@ -46,19 +46,6 @@ def _rows_per_batch(layout: ImageLayout) -> int:
 
 
 # --- Files in class folders ----------------------------------------------------------------------
-
-
-def _split_files(source: Source) -> list[Unit]:
-    """Files one after another, until there are enough of them or of their bytes."""
-    units: list[list[tuple[str, int]]] = [[]]
-    unit_bytes = 0
-    for entry in source.entries:
-        unit_bytes += entry.size
-        if len(units[-1]) == FILES_PER_UNIT or unit_bytes > UNIT_BYTES:
-            units.append([])
-            unit_bytes = entry.size
-        units[-1].append((entry.key, entry.size))
-    return [{"files": files} for files in units]
 
 
 def _survey_files(store: Store, unit: Unit, data: DataSpec) -> Found:
@@ -92,7 +79,7 @@ def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
     grey, known = sum(part["grey"] for part in found), sizes.total()
     (height, width), why_size = _choose_size(sizes, data)
     channels, why_channels = _choose_channels(grey, known, data)
-    labels = {_folder(entry.key) for entry in source.entries} - {None}
+    labels = {folder_of(entry.key) for entry in source.entries} - {None}
     return Survey(
         ImageLayout(height, width, channels),
         sort_labels([label for label in labels if label], f"{source.store.uri} (a folder a class)"),
@@ -133,11 +120,6 @@ def _median(counts: Counter[int]) -> int:
     return sorted(counts.elements())[counts.total() // 2]
 
 
-def _folder(key: str) -> str | None:
-    """The class of an image: the name of the folder that it lies in."""
-    return key.rpartition("/")[0].rpartition("/")[2] or None
-
-
 def _read_files(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Table]:
     keys = [key for key, _ in unit["files"]]
     size = _rows_per_batch(layout)
@@ -146,13 +128,13 @@ def _read_files(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Ta
             batch = keys[start : start + size]
             decoded = list(pool.map(lambda key: _read_file(store, key, layout), batch))
             pixels, problems = zip(*decoded, strict=True)
-            labels = [_folder(key) for key in batch]
+            labels = [folder_of(key) for key in batch]
             payload = {IMAGE: pa.array(pixels, layout.fields[IMAGE])}
             yield raw_rows(layout, batch, batch, labels, problems, payload)
 
 
 def _read_file(store: Store, key: str, layout: ImageLayout) -> tuple[bytes | None, str | None]:
-    if _folder(key) is None:
+    if folder_of(key) is None:
         return None, "not in a class folder"
     try:
         image = decode_image(store.read(key), layout.height, layout.width, layout.channels)
@@ -274,5 +256,5 @@ def _read_idx_header(
     return sizes
 
 
-FILES = Form(_split_files, _survey_files, _settle_files, _read_files)
+FILES = Form(group_files, _survey_files, _settle_files, _read_files)
 IDX = Form(_split_idx, _survey_idx, _settle_idx, _read_idx)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from heliostat.data.features import (
     COLUMN_PREFIX,
     NUMBERS,
+    TOKENS,
+    BlockFeatures,
     CategoryColumn,
     Column,
     Features,
@@ -21,9 +23,19 @@ from heliostat.data.features import (
     NumericColumn,
     SeriesFeatures,
     TableFeatures,
+    TextFeatures,
+    token_type,
 )
-from heliostat.data.raw import ImageLayout, Layout, SeriesLayout, TableLayout, sort_names
+from heliostat.data.raw import (
+    ImageLayout,
+    Layout,
+    SeriesLayout,
+    TableLayout,
+    TextLayout,
+    sort_names,
+)
 from heliostat.data.shards import image_bytes, row_bytes, series_values
+from heliostat.data.tokens import Vocabulary, find_targets
 from heliostat.errors import HeliostatError
 from heliostat.signature import Numbers
 from heliostat.spec import MAX_CATEGORIES, DataSpec
@@ -52,6 +64,8 @@ def measure(layout: Layout, rows: pa.Table) -> dict[str, Any]:
                 is_id = layout.kinds[name] == "id"
                 measured[name] = _list_ids(name, texts) if is_id else _count_texts(texts)
             return measured
+        case TextLayout():
+            return _measure_tokens(layout, rows)
 
 
 def _count_values(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -59,6 +73,23 @@ def _count_values(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
     parts = range(0, len(pixels), PART_ROWS)
     counts = (np.bincount(pixels[start : start + PART_ROWS], minlength=256) for start in parts)
     return sum(counts, start=np.zeros(256, np.int64))
+
+
+def _measure_tokens(layout: TextLayout, rows: pa.Table) -> dict[str, Any]:
+    """How often each token is to be predicted, or how many texts fill a row."""
+    vocabulary = _known(layout)
+    if not layout.packed:
+        lengths = np.asarray(rows[TOKENS].combine_chunks().value_lengths())
+        return {"texts": len(lengths), "full": int((lengths == layout.block).sum())}
+    blocks = row_bytes(rows, TOKENS).view(token_type(vocabulary.size))
+    is_followed, following = find_targets(blocks, vocabulary.end)
+    counts = np.bincount(following[is_followed], minlength=vocabulary.size)
+    return {"counts": counts.tolist()}
+
+
+def _known(layout: TextLayout) -> Vocabulary:
+    assert layout.vocabulary is not None
+    return layout.vocabulary
 
 
 def measure_numbers(values: NDArray[np.float64]) -> list[dict[str, Any]]:
@@ -121,6 +152,8 @@ def settle_features(
         return _settle_image(layout, statistics), []
     if isinstance(layout, SeriesLayout):
         return _settle_series(layout, statistics)
+    if isinstance(layout, TextLayout):
+        return _settle_text(layout, statistics)
     settled = {
         name: SETTLERS[kind](name, [part[name] for part in statistics], data)
         for name, kind in layout.kinds.items()
@@ -159,6 +192,35 @@ def _settle_series(
     ]
     means, stds = (tuple(getattr(m, part) for m in moments) for part in ("mean", "std"))
     return SeriesFeatures(layout.length, layout.channels, means, stds), notes
+
+
+def unigram_nats(layout: Layout, statistics: list[dict[str, Any]]) -> float | None:
+    """The loss of a model that knows only how often each token occurs; None without tokens."""
+    if not isinstance(layout, TextLayout) or not layout.packed:
+        return None
+    counts = np.sum([part["counts"] for part in statistics], axis=0)
+    shares = counts[counts > 0] / counts.sum()
+    return math.fsum(-shares * np.log(shares))
+
+
+def _settle_text(
+    layout: TextLayout, statistics: list[dict[str, Any]]
+) -> tuple[Features, list[str]]:
+    known, length = _known(layout), layout.block
+    nats = unigram_nats(layout, statistics)
+    if nats is None:
+        texts, full = (sum(part[name] for part in statistics) for name in ("texts", "full"))
+        note = (
+            f"{full:,} of {texts:,} training texts fill {length} tokens - data.text.block cuts them"
+        )
+        return TextFeatures(length, known.size, known.sha256), [note] if full else []
+    total = sum(map(sum, (part["counts"] for part in statistics)))
+    note = (
+        f"unigram entropy {nats:.4f} nats per token - the loss of a model that knows only how "
+        f"often each of the {total:,} predicted training tokens occurs"
+    )
+    features = BlockFeatures(length, known.size, known.end, known.sha256, known.token_bytes)
+    return features, [note]
 
 
 def _settle_image(layout: ImageLayout, statistics: list[dict[str, Any]]) -> ImageFeatures:

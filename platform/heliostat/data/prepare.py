@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,12 +18,14 @@ from itertools import islice
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from numpy.typing import NDArray
 from ray.data.context import DataContext, ShuffleStrategy
 
-from heliostat.data import images, series, tables
+from heliostat.data import images, series, tables, text
 from heliostat.data.manifest import (
     SPLITS,
     Manifest,
@@ -35,12 +37,20 @@ from heliostat.data.manifest import (
     load_manifest,
     shard_from_json,
 )
-from heliostat.data.measure import measure, measure_numbers, settle_features, settle_numbers
+from heliostat.data.measure import (
+    measure,
+    measure_numbers,
+    settle_features,
+    settle_numbers,
+    unigram_nats,
+)
 from heliostat.data.raw import (
     Form,
+    Found,
     Layout,
     Source,
     Survey,
+    TextLayout,
     Unit,
     find_source,
     label_type,
@@ -55,9 +65,10 @@ from heliostat.data.shards import (
     split_at,
     write_shard,
 )
+from heliostat.data.tokens import store_tokenizer
 from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError
-from heliostat.signature import Classes, Numbers, Output
+from heliostat.signature import Classes, NextToken, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
 from heliostat.storage import Missing, Store, connect, probe
 
@@ -67,6 +78,7 @@ FORMS: dict[str, Form] = {
     "csv": tables.CSV,
     "parquet": tables.PARQUET,
     "series": series.SERIES_FILES,
+    "text": text.TEXTS,
 }
 CODE_FORMAT = 2
 MIB = 1024 * 1024
@@ -111,7 +123,7 @@ def prepare(spec: RunSpec) -> Manifest:
         return manifest
     say_if_waiting(cpus=1)
     with _ray_data():
-        survey = _survey(source, spec.data)
+        survey = _learn(store, source, _survey(source, spec.data), spec.data)
         outcomes = _write_shards(store, source, survey, spec)
     report = _report(source, survey, outcomes)
     _refuse(store, spec, report, data_key(spec.name, "inputs", f"{fingerprint}.refused.json"))
@@ -178,7 +190,10 @@ def _check_task(form: str, data: DataSpec) -> None:
 def _fingerprint(source: Source, data: DataSpec) -> str:
     """The same for the same objects, the same data section and the same code."""
     listing = [[entry.key, entry.size, entry.etag] for entry in source.entries]
-    return digest([CODE_FORMAT, data.model_dump(mode="json"), listing])
+    parts = [CODE_FORMAT, data.model_dump(mode="json"), listing]
+    if source.form == "text" and data.text.tokenizer:
+        parts.append(text.read_vocabulary(data.text.tokenizer)[1].sha256)
+    return digest(parts)
 
 
 def _find_prepared(store: Store, name: str, fingerprint: str) -> Manifest | None:
@@ -226,24 +241,49 @@ def _from_units(units: list[Unit]) -> ray.data.Dataset:
 
 def _survey(source: Source, data: DataSpec) -> Survey:
     form = FORMS[source.form]
-    survey_units = partial(_survey_units, source.form, source.store, data)
-    found = _from_units(form.split(source)).map_batches(survey_units, batch_size=None)
-    results = [(row["found"], _checked(row["found"])) for row in found.iter_rows()]
-    survey = form.settle(source, [result for _, result in sorted(results, key=itemgetter(0))], data)
+    survey = form.settle(source, _ask(source, partial(_survey_unit, source.form, data)), data)
     for note in survey.notes:
         print(note, flush=True)
     return survey
 
 
-def _survey_units(
-    form: str, source: Store, data: DataSpec, batch: dict[str, Any]
+def _survey_unit(form: str, data: DataSpec, source: Store, unit: Unit) -> Found:
+    return FORMS[form].survey(source, unit, data)
+
+
+def _learn(store: Store, source: Source, survey: Survey, data: DataSpec) -> Survey:
+    """The survey of texts with their vocabulary, whose tokenizer is stored; any other as it is."""
+    layout = survey.layout
+    if not isinstance(layout, TextLayout):
+        return survey
+    if data.text.tokenizer:
+        written, vocabulary, note = text.read_vocabulary(data.text.tokenizer)
+    else:
+        found = _ask(source, partial(text.sample_unit, data, layout))
+        written, vocabulary, note = text.learn_vocabulary(found, layout, data)
+    store_tokenizer(store, written)
+    print(note, flush=True)
+    known = replace(layout, vocabulary=vocabulary)
+    return replace(survey, layout=known, notes=(*survey.notes, note))
+
+
+def _ask(source: Source, question: Callable[[Store, Unit], Found]) -> list[Found]:
+    """What `question` finds in each unit of the source, in an order that is always the same."""
+    units = _from_units(FORMS[source.form].split(source))
+    answers = units.map_batches(partial(_answer, source.store, question), batch_size=None)
+    found = [(row["found"], _checked(row["found"])) for row in answers.iter_rows()]
+    return [result for _, result in sorted(found, key=itemgetter(0))]
+
+
+def _answer(
+    source: Store, question: Callable[[Store, Unit], Found], batch: dict[str, Any]
 ) -> dict[str, list[str]]:
-    return {"found": [_survey_unit(form, source, data, json.loads(unit)) for unit in batch["unit"]]}
+    return {"found": [_answer_unit(source, question, json.loads(unit)) for unit in batch["unit"]]}
 
 
-def _survey_unit(form: str, source: Store, data: DataSpec, unit: Unit) -> str:
+def _answer_unit(source: Store, question: Callable[[Store, Unit], Found], unit: Unit) -> str:
     try:
-        return json.dumps(FORMS[form].survey(source, unit, data))
+        return json.dumps(question(source, unit))
     except HeliostatError as error:
         return json.dumps({"error": str(error)})
 
@@ -357,9 +397,10 @@ def _reject(plan: Plan, block: pa.Table) -> Outcome:
 def _write(plan: Plan, block: pa.Table) -> Outcome:
     """Write the shard of these rows if it is not there; its description and what it counts."""
     split = split_at(block["order"][0].as_py())
-    rows = block.drop_columns(["order", "problem"]).combine_chunks()
-    if rows["label"].null_count:
+    read = block.drop_columns(["order", "problem"]).combine_chunks()
+    if plan.labels and read["label"].null_count:
         raise HeliostatError(f"{plan.source.uri} was changed while it was read: prepare it again")
+    rows = FORMS[plan.form].finish(plan.store, plan.layout, read)
     data, footer, groups = write_shard(rows, plan.data.rows_per_group)
     sha256 = hashlib.sha256(data).hexdigest()
     key = data_key(plan.name, "shards", f"{sha256}.parquet")
@@ -367,15 +408,19 @@ def _write(plan: Plan, block: pa.Table) -> Outcome:
     sound = stored is not None and stored.size == len(data) and holds(plan.store, key, sha256)
     etag = stored.etag if stored and sound else plan.store.write(key, data)
     shard = Shard(key, split, rows.num_rows, len(data), sha256, footer, groups, etag)
-    labels = label_values(rows["label"]).reshape(rows.num_rows, -1)
     is_class, is_training = not plan.layout.targets, split == "train"
     return {
         "shard": asdict(shard),
         "schema": {field.name: str(field.type) for field in rows.schema},
-        "labels": Counter(labels[:, 0].tolist()) if is_class else {},
-        "targets": measure_numbers(labels) if is_training and not is_class else [],
+        "read": read.num_rows,
+        "labels": Counter(read["label"].drop_null().to_pylist()) if is_class else {},
+        "targets": measure_numbers(_targets(read)) if is_training and not is_class else [],
         "statistics": measure(plan.layout, rows) if is_training else None,
     }
+
+
+def _targets(rows: pa.Table) -> NDArray[np.float64]:
+    return label_values(rows["label"]).reshape(rows.num_rows, -1)
 
 
 def _describe_shard(shard: dict[str, Any]) -> str:
@@ -427,7 +472,7 @@ def _progress(rows: int) -> Iterator[Any]:
 
 def _report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict[str, Any]:
     """What was read and what could not be used."""
-    kept = sum(outcome["shard"]["rows"] for outcome in outcomes if "shard" in outcome)
+    kept = sum(outcome["read"] for outcome in outcomes if "shard" in outcome)
     rejected = [outcome for outcome in outcomes if "bad" in outcome]
     bad = sum((Counter(outcome["bad"]) for outcome in rejected), Counter[str]())
     return {
@@ -491,6 +536,7 @@ def _assemble(
     shards = tuple(shard_from_json(outcome["shard"]) for outcome in written)
     statistics = [outcome["statistics"] for outcome in written if outcome["statistics"]]
     features, notes = settle_features(survey.layout, statistics, spec.data)
+    nats = unigram_nats(survey.layout, statistics)
     output, label_notes = _settle_output(survey, written, report)
     notes += label_notes
     for note in notes:
@@ -507,7 +553,8 @@ def _assemble(
         shards=shards,
         spec=spec.data.model_dump(mode="json"),
         report={name: report[name] for name in ("rows_read", "rows_bad", "objects_ignored")}
-        | {"notes": [*survey.notes, *notes]},
+        | {"notes": [*survey.notes, *notes]}
+        | ({"unigram_nats": nats} if nats is not None else {}),
     )
     return replace(unversioned, version=content_version(unversioned))
 
@@ -519,6 +566,8 @@ def _settle_output(
         return settle_numbers(targets, [o["targets"] for o in written if o["targets"]])
     unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
     notes = [f"classes without a training row: {', '.join(unseen)}"] if unseen else []
+    if not survey.labels:
+        return NextToken(), notes
     return Classes(survey.labels), notes
 
 

@@ -11,8 +11,9 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from heliostat.data.features import COLUMN_PREFIX, IMAGE, NUMBERS, SERIES, parse_number
+from heliostat.data.features import COLUMN_PREFIX, IMAGE, NUMBERS, SERIES, TEXT, parse_number
 from heliostat.data.shards import is_test_file
+from heliostat.data.tokens import Vocabulary
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec, SplitSpec
 from heliostat.storage import Entry, Store, connect
@@ -23,8 +24,11 @@ SUFFIXES = {
     "idx": re.compile(r"idx\d-ubyte(\.gz)?$", re.IGNORECASE),
     "csv": re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE),
     "parquet": re.compile(r"\.(parquet|pq)$", re.IGNORECASE),
+    "text": re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE),
     "series": re.compile(r"\.ts$", re.IGNORECASE),
 }
+FILES_PER_UNIT = 1024
+UNIT_BYTES = 32 * 1024 * 1024
 SURROGATES = re.compile(r"[\ud800-\udfff]")
 RAW_COLUMNS = ("id", "object", "label", "problem")
 BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -107,8 +111,29 @@ class SeriesLayout:
         return {SERIES: pa.list_(pa.float32())}
 
 
+@dataclass(frozen=True)
+class TextLayout:
+    """Texts: packed into blocks of `block` tokens, or one by one with a class and cut there.
+
+    Tables and lines of JSON have them in `column`, and their class in `label` if there is one; else
+    it is the folder. `sample` is the share of the training texts that `vocabulary` is learned from.
+    """
+
+    packed: bool
+    block: int
+    column: str
+    label: str | None
+    sample: float = 1.0
+    vocabulary: Vocabulary | None = None
+    targets: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> dict[str, pa.DataType]:
+        return {TEXT: pa.large_string()}
+
+
 # `targets` are the names of the numbers that are predicted; without, the label is a class.
-Layout = ImageLayout | TableLayout | SeriesLayout
+Layout = ImageLayout | TableLayout | SeriesLayout | TextLayout
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,7 @@ class Form:
 
     `read` yields tables of `raw_rows`, every row of a unit once, those with a problem included.
     `tasks` are those that its labels can be for, the first is what task auto means.
+    `finish` makes the rows of a shard of those read for it, without a problem and in order.
     """
 
     split: Callable[[Source], list[Unit]]
@@ -135,6 +161,7 @@ class Form:
     settle: Callable[[Source, list[Found], DataSpec], Survey]
     read: Callable[[Store, Unit, Any], Iterator[pa.Table]]
     tasks: tuple[str, ...] = ("classification",)
+    finish: Callable[[Store, Any, pa.Table], pa.Table] = lambda store, layout, rows: rows
 
 
 def find_source(data: DataSpec) -> Source:
@@ -209,6 +236,24 @@ def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def group_files(source: Source) -> list[Unit]:
+    """Files one after another, until there are enough of them or of their bytes."""
+    units: list[list[tuple[str, int]]] = [[]]
+    unit_bytes = 0
+    for entry in source.entries:
+        unit_bytes += entry.size
+        if len(units[-1]) == FILES_PER_UNIT or unit_bytes > UNIT_BYTES:
+            units.append([])
+            unit_bytes = entry.size
+        units[-1].append((entry.key, entry.size))
+    return [{"files": files} for files in units if files]
+
+
+def folder_of(key: str) -> str | None:
+    """The class of a file: the name of the folder that it lies in."""
+    return key.rpartition("/")[0].rpartition("/")[2] or None
+
+
 def sort_names(names: set[str]) -> list[str]:
     """In the order of their numbers if all are numbers, else in that of texts."""
     numbers = {name: parse_number(name) for name in names}
@@ -267,6 +312,8 @@ def _choose_form(
     if data.format != "auto":
         return data.format, "as data.format says"
     found = {form: len(entries) for form, entries in by_form.items() if entries}
+    if len(found) > 1:
+        found.pop("text", None)  # a readme beside the data
     if len(found) == 1:
         form, count = found.popitem()
         return form, f"by the names of {count:,} of {len(visible):,} objects"
@@ -276,7 +323,7 @@ def _choose_form(
     suffixes = Counter(_suffix(entry.key) for entry in visible).most_common(5)
     counts = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
     raise HeliostatError(
-        f"{uri} holds no PNG, JPEG, IDX, CSV, Parquet or .ts files, but {counts}: "
+        f"{uri} holds no PNG, JPEG, IDX, CSV, Parquet, .ts or text files, but {counts}: "
         "set data.format if they are one of these under another name"
     )
 

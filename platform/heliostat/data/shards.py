@@ -16,12 +16,16 @@ from heliostat.data.features import (
     IMAGE,
     NUMBERS,
     SERIES,
+    TOKENS,
+    BlockFeatures,
     Columns,
     Features,
     ImageFeatures,
     NumericColumn,
     SeriesFeatures,
+    TextFeatures,
     stack_series,
+    token_type,
 )
 from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
 from heliostat.data.ranged import RangedFile
@@ -116,6 +120,12 @@ def to_columns(features: Features, table: pa.Table) -> Columns:
         return {IMAGE: image_bytes(table).reshape(shape)}
     if isinstance(features, SeriesFeatures):
         return {SERIES: stack_series(series_values(table, features.channels))}
+    if isinstance(features, BlockFeatures):
+        return {TOKENS: row_bytes(table, TOKENS).view(token_type(features.vocab))}
+    if isinstance(features, TextFeatures):
+        rows = table[TOKENS].combine_chunks()
+        parts = np.split(rows.flatten().to_numpy(), np.cumsum(rows.value_lengths())[:-1])
+        return {TOKENS: stack_series(parts if len(rows) else [])}
     texts = {
         name: table[name].to_numpy(zero_copy_only=False)
         for column in features.columns
@@ -156,8 +166,8 @@ def row_bytes(table: pa.Table, name: str) -> npt.NDArray[np.uint8]:
     width = column.type.byte_width
     if not len(column):
         return np.empty((0, width), np.uint8)
-    pixels = np.frombuffer(column.buffers()[1], np.uint8)
-    return pixels[column.offset * width :][: len(column) * width].reshape(len(column), width)
+    data = np.frombuffer(column.buffers()[1], np.uint8)
+    return data[column.offset * width :][: len(column) * width].reshape(len(column), width)
 
 
 def pack_rows(numbers: npt.NDArray[np.float64]) -> pa.Array:

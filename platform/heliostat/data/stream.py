@@ -239,7 +239,10 @@ def _weigh(rows: pa.Table) -> int:
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:
-    return {**to_columns(manifest.features, table), "label": label_values(table["label"])}
+    columns = dict(to_columns(manifest.features, table))
+    if "label" in table.column_names:  # else the row is its own target
+        columns["label"] = label_values(table["label"])
+    return columns
 
 
 def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:

@@ -185,7 +185,7 @@ def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
         numbers[:, place] = _clean_numbers(batch.columns[name], f"column {name}", problems)
     payload = {NUMBERS: pack_rows(numbers)} if layout.numeric else {}
     for name in layout.texts:
-        to_texts = _to_names if layout.kinds[name] == "id" else _to_texts
+        to_texts = to_names if layout.kinds[name] == "id" else _to_texts
         payload[COLUMN_PREFIX + name] = to_texts(batch.columns[name])
     ids = [f"{key}#{row}" for row in batch.rows]
     return raw_rows(layout, ids, [key] * len(ids), labels, problems, payload)
@@ -193,7 +193,7 @@ def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
 
 def _clean_labels(batch: Batch, layout: TableLayout, problems: list[str | None]) -> pa.Array:
     if isinstance(layout.label, str):
-        labels = _to_names(batch.columns[layout.label])
+        labels = to_names(batch.columns[layout.label])
         _mark(problems, _where_null(labels), "the label is missing")
         return labels
     numbers = np.empty((len(batch.rows), len(layout.label)))
@@ -244,7 +244,7 @@ def _number_text(value: float | None) -> str | None:
     return write_number(value)
 
 
-def _to_names(column: pa.Array) -> pa.Array:
+def to_names(column: pa.Array) -> pa.Array:
     """Texts in which a whole number is written without a decimal point: of labels and ids."""
     texts = _to_texts(column).to_pylist()
     return pa.array([text and shorten_number(text) for text in texts], pa.string())
@@ -277,7 +277,7 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
     """`labels` and those in `column`; it stops growing where they cannot be classes any more."""
     if len(labels) > MAX_LABELS:
         return labels
-    return labels | set(filter(None, pc.unique(_to_names(column)).to_pylist()))
+    return labels | set(filter(None, pc.unique(to_names(column)).to_pylist()))
 
 
 # --- CSV -----------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
 def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many values of each column there are, and how many of them are numbers."""
     rows, labels = 0, set[str]()
-    with _open_csv(store, unit["key"]) as (header, batches):
+    with open_csv(store, unit["key"]) as (header, batches):
         _check_label(header, data, f"{store.uri}/{unit['key']}")
         label = label_of(data)
         counts = {name: np.zeros(2, np.int64) for name in header}
@@ -322,13 +322,13 @@ def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
 
 
 def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
-    with _open_csv(store, unit["key"]) as (_, batches):
+    with open_csv(store, unit["key"]) as (_, batches):
         for batch in batches:
             yield _clean(batch, unit["key"], layout)
 
 
 @contextmanager
-def _open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch]]]:
+def open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch]]]:
     """The names of the columns, and the rows below them as text."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with open_raw(store, key) as stream:
@@ -381,7 +381,7 @@ def _find_problem(line: list[str], fields: int) -> str | None:
 
 def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
     """Names and types of the columns; only the label's values are read."""
-    with _open_parquet(store, unit["key"]) as file:
+    with open_parquet(store, unit["key"]) as file:
         types = {field.name: _plain_type(field.type) for field in file.schema_arrow}
         place = f"{store.uri}/{unit['key']}"
         _check_names(file.schema_arrow.names, place)
@@ -391,7 +391,7 @@ def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
         labels = set[str]()
         if isinstance(label := label_of(data), str):
             for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
-                labels = _distinct(labels, _plain(batch.column(label)))
+                labels = _distinct(labels, plain(batch.column(label)))
     return {
         "key": unit["key"],
         "types": {name: str(kind) for name, kind in types.items()},
@@ -415,15 +415,15 @@ def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.
     labels = [layout.label] if isinstance(layout.label, str) else layout.label
     names = [*labels, *layout.kinds]
     start = 0
-    with _open_parquet(store, unit["key"]) as file:
+    with open_parquet(store, unit["key"]) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=names):
             rows = list(range(start, start := start + batch.num_rows))
-            columns = {name: _plain(batch.column(name)) for name in names}
+            columns = {name: plain(batch.column(name)) for name in names}
             yield _clean(Batch(rows, [None] * len(rows), columns), unit["key"], layout)
 
 
 @contextmanager
-def _open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
     entry = store.stat(key)
     try:
         stream = RangedFile(entry.size if entry else 0, partial(store.read_range, key))
@@ -439,7 +439,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _plain(column: pa.Array) -> pa.Array:
+def plain(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 

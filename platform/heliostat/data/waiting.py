@@ -8,6 +8,8 @@ def say_if_waiting(cpus: int) -> None:
 
     Others may hold them, as the replicas of served models do for as long as they are served.
     """
+    if not ray.is_initialized():
+        ray.init()
     free = ray.available_resources().get("CPU", 0)
     if free < cpus:
         print(

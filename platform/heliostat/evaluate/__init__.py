@@ -1,7 +1,7 @@
 """A model and data to predictions and scores, by task."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 from heliostat import registry, spec
 from heliostat.data import features as feature
-from heliostat.data.features import Features
+from heliostat.data.features import TEXT, TOKENS, BlockFeatures, Features, TextFeatures
+from heliostat.data.tokens import encode_texts, load_tokenizer
 from heliostat.evaluate.scores import (
     ClassCounter,
     Counter,
     NumberCounter,
     Scores,
+    TokenCounter,
     probabilities,
 )
 from heliostat.models import Task, build, task_of
 from heliostat.signature import Classes, Numbers, Output, Signature, output_from_json
 from heliostat.spec import ModelSpec
 from heliostat.storage import Store
+
+MAX_OUTPUTS = 2**26  # numbers of one batch, 256 MiB
 
 Columns = Mapping[str, npt.NDArray[Any]]
 
@@ -36,18 +40,23 @@ class Predictor:
     task: Task
     features: Features
     output: Output
+    tokenizer: Any = None  # of a model of texts: it makes `tokens` of the column `text`
 
 
 def load_predictor(store: Store, version: registry.Version) -> Predictor:
     """The network of a version, its weights verified by SHA-256.
 
     Raises:
-        HeliostatError: the weights are missing or are not those that were registered.
+        HeliostatError: the weights, or the tokenizer of a model of texts, are missing or are not
+            those that were registered.
     """
     model = spec.parse(version.spec, origin=version.ref).model
     features = feature.features_from_json(version.features)
     weights = registry.load_weights(store, version)
-    return make_predictor(model, features, output_from_json(version.output), weights)
+    predictor = make_predictor(model, features, output_from_json(version.output), weights)
+    if isinstance(features, TextFeatures):
+        return replace(predictor, tokenizer=load_tokenizer(store, features.tokenizer))
+    return predictor
 
 
 def make_predictor(
@@ -63,8 +72,11 @@ def make_predictor(
 def predict(predictor: Predictor, columns: Columns) -> npt.NDArray[np.float32]:
     """Probabilities (N, classes), or numbers (N, names) as they stand in the data.
 
-    `columns` are those that the shards store.
+    `columns` are those that the shards store, or `text` instead of `tokens`.
     """
+    if TEXT in columns and isinstance(predictor.features, TextFeatures):
+        ids = encode_texts(predictor.tokenizer, columns[TEXT].tolist(), predictor.features.length)
+        columns = {TOKENS: np.fromiter(ids, dtype=object, count=len(ids))}
     outputs = _run(predictor, columns).float()
     match predictor.output:
         case Classes():
@@ -82,21 +94,34 @@ def score(predictor: Predictor, batches: Iterable[Columns]) -> Scores:
         ValueError: there is no row in `batches`.
     """
     counter = _counter(predictor)
-    for columns in batches:
+    for columns in _pieces(predictor, batches):
         outputs = _run(predictor, columns).float()
         targets = torch.from_numpy(feature.encode_targets(predictor.output, dict(columns)))
         counter.add(outputs, targets, predictor.task.loss(outputs, targets).item())
     return counter.finish()
 
 
+def _pieces(predictor: Predictor, batches: Iterable[Columns]) -> Iterator[Columns]:
+    """The batches, those of blocks in parts whose outputs, a vocabulary per token, fit memory."""
+    features = predictor.features
+    if not isinstance(features, BlockFeatures):
+        yield from batches
+        return
+    rows = max(1, MAX_OUTPUTS // (features.length * features.vocab))
+    for columns in batches:
+        for start in range(0, len(columns[TOKENS]), rows):
+            yield {name: column[start : start + rows] for name, column in columns.items()}
+
+
 def _counter(predictor: Predictor) -> Counter:
-    match predictor.output:
-        case Classes(labels):
+    match predictor.output, predictor.features:
+        case Classes(labels), _:
             return ClassCounter(labels)
-        case Numbers() as numbers:
+        case Numbers() as numbers, _:
             return NumberCounter(numbers)
-        case _:
-            raise NotImplementedError
+        case _, BlockFeatures(end=end, token_bytes=token_bytes):
+            return TokenCounter(end, torch.tensor(token_bytes))
+    raise TypeError("there is no score for such an output")
 
 
 @torch.inference_mode()

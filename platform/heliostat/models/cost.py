@@ -48,6 +48,8 @@ class Cost:
 def measure_cost(model: ModelSpec, signature: Signature) -> Cost:
     """Count what a training step does for two rows and take off what it does for one.
 
+    What every batch needs once, as the parameters that are kept for the backward pass, cancels.
+
     Raises:
         HeliostatError: the family does not suit the data, or a user's own network looks at values.
     """
@@ -99,8 +101,6 @@ def _measure_step(network: nn.Module, task: Task, signature: Signature, rows: in
             loss = task.loss(network(*inputs), targets)
         forward = counter.get_total_flops()
         torch.autograd.backward(loss)
-    for parameter in network.parameters():
-        kept.pop(_storage_of(parameter), None)
     kept_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return forward, counter.get_total_flops(), kept_bytes
 
@@ -110,15 +110,11 @@ def _keeping(kept: dict[int, Tensor]) -> Iterator[None]:
     """Within, what autograd saves goes into `kept`, once for each storage: views share theirs."""
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[_storage_of(tensor)] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         yield
-
-
-def _storage_of(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _make_inputs(of: Input, rows: int) -> tuple[Tensor, ...]:

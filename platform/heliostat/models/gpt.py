@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from heliostat.errors import HeliostatError
 from heliostat.models.dropout import Dropout
 from heliostat.signature import Blocks, Signature
 from heliostat.spec import GptSpec, RopeScalingSpec
@@ -28,16 +27,8 @@ Sight = Tensor | BlockMask | None
 
 
 def build_gpt(spec: GptSpec, signature: Signature, width: int) -> nn.Module:
-    """The network of `spec`; from tokens (N, T) it gives logits (N, T, width).
-
-    Raises:
-        HeliostatError: the input is not blocks of tokens.
-    """
-    if not isinstance(signature.input, Blocks):
-        raise HeliostatError(
-            f"model.kind=gpt needs blocks of tokens, the data is {signature.input.describe()}: "
-            "set data.task=language on texts, or use another model.kind"
-        )
+    """The network of `spec`; from tokens (N, T) it gives logits (N, T, width)."""
+    assert isinstance(signature.input, Blocks)
     network = Gpt(spec, width, signature.input.end)
     network.apply(functools.partial(_initialise, layers=spec.layers))
     return network

@@ -21,7 +21,9 @@ from ray.serve.schema import LoggingConfig
 
 from heliostat import registry
 from heliostat.archive import store_code
+from heliostat.data.features import features_from_json
 from heliostat.errors import HeliostatError
+from heliostat.serve.protocol import zero_instance
 from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
 from heliostat.storage import Conflict, Missing, Store, connect
 
@@ -129,6 +131,7 @@ def deploy(spec: RunSpec) -> str:
     name = spec.name
     version = registry.resolve(store, reference(name, spec.deploy.version))
     registry.load_weights(store, version)
+    zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = Serve()
     check_root(store, client.describe())
     place = partial(
@@ -156,10 +159,10 @@ def undo(store: Store, client: Serve, name: str, written: Table, before: Table) 
     try:
         change_table(store, partial(take_back, name=name, written=written, before=before))
         roll_out(store, client)
+        number = read_table(store).models.get(name)
     except HeliostatError as error:
         return f"and the cluster did not go back to what was served before ({error})"
-    previous = before.models.get(name)
-    return f"{name}:{previous} is still served" if previous else f"{name} is not served"
+    return f"{name}:{number} is still served" if number else f"{name} is not served"
 
 
 def check_root(store: Store, details: dict[str, Any]) -> None:

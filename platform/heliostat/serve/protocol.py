@@ -9,15 +9,18 @@ from pydantic_core import from_json, to_json
 from heliostat.data.features import (
     IMAGE,
     MAX_SERVED_PIXELS,
+    BlockFeatures,
     Columns,
     Features,
     FieldError,
     ImageFeatures,
     NumericColumn,
     SeriesFeatures,
+    TextFeatures,
     decode_image,
     parse_instances,
 )
+from heliostat.errors import HeliostatError
 from heliostat.signature import Classes, Numbers, Output
 
 JSON_TYPE = "application/json"
@@ -110,7 +113,16 @@ def render_error(status: int, message: str, request_id: str, field: str | None =
 
 
 def zero_instance(features: Features) -> object:
-    """An instance that every model with these features must be able to answer."""
+    """An instance that every model with these features must be able to answer.
+
+    Raises:
+        HeliostatError: there is none, as a language model does not answer rows.
+    """
+    match features:
+        case TextFeatures():
+            return "0"
+        case BlockFeatures():
+            raise HeliostatError("a language model continues texts, what is served answers rows")
     if isinstance(features, ImageFeatures):
         shape = (features.height, features.width, features.channels)
         return np.zeros(shape[:2] if features.channels == 1 else shape).tolist()

@@ -44,7 +44,7 @@ class TextSpec(Section):
     """
 
     vocab: Annotated[int, Field(ge=260, strict=True)] = 4096
-    block: Positive = 256
+    block: Annotated[int, Field(ge=8, strict=True)] = 256
     column: str = "text"
     tokenizer: str | None = None
 

@@ -17,6 +17,7 @@ from heliostat import spec, storage
 from heliostat.data import stream
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
+from heliostat.data.waiting import say_if_waiting
 from heliostat.environment import TRAIN, check_cpus
 from heliostat.errors import HeliostatError
 from heliostat.spec import RunSpec
@@ -110,19 +111,7 @@ def _check_cluster(run: RunSpec) -> None:
             f"{gpus} GPUs, the cluster has {total.get('GPU', 0):g}: lower train.workers or "
             "train.gpus_per_worker, or use a larger cluster"
         )
-    _say_if_waiting(run)
-
-
-def _say_if_waiting(run: RunSpec) -> None:
-    """A run whose CPUs are held by others, as by served models, waits for them: not in silence."""
-    free = ray.available_resources().get("CPU", 0)
-    needed = run.train.fewest_workers * run.train.cpus_per_worker + 1
-    if free < needed:
-        print(
-            f"waiting for CPUs: {free:g} of {ray.cluster_resources()['CPU']:g} are free, {needed} "
-            "are needed (one to read data); `serve status` and `ray job list` show the others",
-            flush=True,
-        )
+    say_if_waiting(run.train.fewest_workers * run.train.cpus_per_worker + 1)
 
 
 def _say_workers(run: RunSpec) -> str:

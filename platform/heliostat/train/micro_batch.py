@@ -178,7 +178,7 @@ def _measure_cuda(step: Callable[[], None]) -> int | None:
         step()
     except torch.cuda.OutOfMemoryError:
         return None
-    return torch.cuda.max_memory_reserved()
+    return int(torch.cuda.max_memory_reserved())
 
 
 def _measure_cpu(step: Callable[[], None]) -> int | None:
@@ -186,7 +186,7 @@ def _measure_cpu(step: Callable[[], None]) -> int | None:
     meter = _Meter()
     with meter:
         step()
-    return meter.peak_bytes
+    return int(meter.peak_bytes)
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]

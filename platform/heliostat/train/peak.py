@@ -6,21 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from heliostat.hardware import peak_flops
+
 TRIES = 5
 WIDTHS = {"cpu": 512, "cuda": 8192}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Dense TFLOP/s (fp16 and bf16, fp32 without TF32) of NVIDIA's data sheets, by what the name of the
-# device begins with. The first that fits counts.
-PUBLISHED = {
-    "NVIDIA A100": (312.0, 19.5),
-    "NVIDIA H100 PCIe": (756.0, 51.0),
-    "NVIDIA H100 NVL": (835.0, 60.0),
-    "NVIDIA H100": (989.0, 67.0),
-    "NVIDIA H200": (989.0, 67.0),
-    "NVIDIA L40S": (362.0, 91.6),
-    "NVIDIA L4": (121.0, 30.3),
-}
 
 
 @dataclass(frozen=True)
@@ -45,17 +35,9 @@ def find_peak(device: torch.device, precision: str) -> Peak:
     some hundredths of a second.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    if published := look_up(name, precision):
+    if published := peak_flops(name, precision):
         return Peak(name, precision, published, "data sheet")
     return Peak(name, precision, _measure(device, DTYPES[precision]), "a matrix product, measured")
-
-
-def look_up(name: str, precision: str) -> float | None:
-    """What the data sheet says of the device called `name`; None if there is none."""
-    for begin, (half_tflops, single_tflops) in PUBLISHED.items():
-        if name.startswith(begin):
-            return (single_tflops if precision == "fp32" else half_tflops) * 1e12
-    return None
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:

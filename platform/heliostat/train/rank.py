@@ -15,10 +15,10 @@ from heliostat import storage
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest, load_manifest
 from heliostat.errors import HeliostatError
-from heliostat.hardware import peak_flops
 from heliostat.metrics import Sink
 from heliostat.models import build, count_parameters, task_of
 from heliostat.models.cost import measure_cost
+from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks
 from heliostat.spec import RunSpec
 from heliostat.train import checkpoint, goodput, loop, sharded
@@ -28,6 +28,7 @@ from heliostat.train.lease import raise_fence
 from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer, rate_at
 from heliostat.train.parallel import Parallel, parallelize
+from heliostat.train.peak import find_peak
 from heliostat.train.progress import Progress, Workload
 from heliostat.train.state import State
 from heliostat.train.stop import (
@@ -40,7 +41,7 @@ from heliostat.train.stop import (
     watched,
 )
 
-CURVE_POINTS = 1000
+CURVE_POINTS = 50  # of TensorBoard, between two checkpoints
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,8 @@ class _Worker:
         model = self._job.spec.model
         torch.manual_seed(self._train.seed)
         network = build(model, self._manifest.signature)
+        if model.init:
+            load_pretrained(network, model, self._manifest.signature)
         task = task_of(model, self._manifest.signature)
         world_size = self._ranks.world_size
         parallel = parallelize(network, task, self._train, self._place.device, world_size)
@@ -219,6 +222,8 @@ class _Worker:
 
     def _restore(self) -> Position:
         """Go on from the newest checkpoint that verifies; a new run from its beginning."""
+        if self._is_first:
+            checkpoint.collect(self._store, self._job.run)
         say = print if self._is_first else _say_nothing
         restored = sharded.read_newest(self._store, self._job.run, self._state, say)
         if restored is None:
@@ -231,13 +236,15 @@ class _Worker:
 
     def _open_progress(self) -> Progress:
         signature = self._manifest.signature
+        peak = find_peak(self._place.device, self._train.precision)
+        print(f"MFU is of {peak.render()}", flush=True)
         workload = Workload(
             self._job.steps,
             self._order.steps_per_epoch,
-            curve_steps=max(1, self._job.steps // CURVE_POINTS),
+            curve_steps=-(-self._train.checkpoint_steps // CURVE_POINTS),
             row_tokens=signature.input.length if isinstance(signature.input, Blocks) else 0,
             row_flops=self._count_row_flops(),
-            peak_flops=self._find_peak_flops(),
+            peak_flops=peak.flops * self._ranks.world_size,
         )
         return Progress(
             self._store,
@@ -255,13 +262,6 @@ class _Worker:
         except HeliostatError:
             return 0.0
         return cost.train_flops_per_sample
-
-    def _find_peak_flops(self) -> float:
-        device = self._place.device
-        if device.type != "cuda":
-            return 0.0
-        name = torch.cuda.get_device_name(device)
-        return self._ranks.world_size * (peak_flops(name, self._train.precision) or 0.0)
 
     def _fit(self) -> Iterator[loop.StepReport]:
         shares = stream.iter_shares(

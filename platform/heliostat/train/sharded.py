@@ -53,7 +53,7 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint: how long it took from `begin` on, and what this rank wrote."""
+    """A committed checkpoint: how long the writing took after `begin`, and what this rank wrote."""
 
     key: str
     step: int
@@ -122,7 +122,7 @@ class Writer:
             self._plan = _make_plan(self._peers, tensors)
         plan = self._plan
         self._staged = _stage(plan.mine, tensors, self._staged)
-        task = _Task(step, json.loads(json.dumps(extra)), metric, began)
+        task = _Task(step, json.loads(json.dumps(extra)), metric, time.perf_counter())
         self._pending = self._thread.submit(self._write, task, plan, self._staged)
         return time.perf_counter() - began
 

@@ -1,0 +1,406 @@
+"""Texts as raw data: a file a document, or a document per line of JSON or row of a table."""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, groupby, islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.data.features import TEXT, TOKENS, clean_text, token_type
+from heliostat.data.raw import (
+    BROKEN_STREAM,
+    MAX_LABELS,
+    SURROGATES,
+    Form,
+    Found,
+    Source,
+    Survey,
+    TextLayout,
+    Unit,
+    folder_of,
+    group_files,
+    open_raw,
+    raw_rows,
+    sort_labels,
+)
+from heliostat.data.shards import ORDER_BITS, WEIGHT, order_of, split_at
+from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, plain, to_names
+from heliostat.data.tokens import (
+    Vocabulary,
+    describe_tokenizer,
+    encode_texts,
+    find_targets,
+    learn_tokenizer,
+    load_tokenizer,
+    pack,
+    read_tokenizer,
+)
+from heliostat.errors import HeliostatError
+from heliostat.spec import DataSpec
+from heliostat.storage import Store
+
+MIB = 1024 * 1024
+MAX_DOCUMENT_BYTES = 8 * MIB  # a task needs 120 times that to find its tokens
+MAX_LINE_BYTES = 6 * MAX_DOCUMENT_BYTES  # JSON may write a byte of text as \u0000
+SAMPLE_BYTES = 256 * MIB
+BATCH_BYTES = 16 * MIB
+PARALLEL_READS = 8
+TABLE_ROWS = 256
+LINES = (".jsonl", ".jsonl.gz")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+TABLES = (*PARQUET_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+GZIP = b"\x1f\x8b"
+TOO_LONG = f"a document of more than {MAX_DOCUMENT_BYTES // MIB} MiB: cut it into several"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or the `problem` with it; `object` is the key of what it was read from."""
+
+    id: str
+    object: str
+    text: str | None
+    label: str | None
+    problem: str | None
+
+
+Files = list[tuple[str, int]]  # keys and sizes
+Learned = tuple[bytes, Vocabulary, str]  # a tokenizer.json, what is known of it, and why
+
+
+# --- The form ------------------------------------------------------------------------------------
+
+
+def _survey(store: Store, unit: Unit, data: DataSpec) -> Found:
+    """How many documents there are, their bytes, those of training, and their classes.
+
+    A file that is one document is not read: its listing says enough.
+    """
+    layout = _layout_of(data, packed=_label(data) is None)
+    labels, rows, total, training = set[str](), 0, 0, 0
+    for key, size in unit["files"]:
+        if _is_whole(key):
+            documents = iter([Document(key, key, None, folder_of(key), None)])
+        else:
+            documents = _read_key(store, layout, (key, size))
+        for document in documents:
+            length = size if _is_whole(key) else len((document.text or "").encode())
+            place = order_of(document.id, key, data.seed, data.split)
+            rows, total = rows + 1, total + length
+            training += length if split_at(place) == "train" else 0
+            if document.label is not None and len(labels) <= MAX_LABELS:
+                labels.add(document.label)
+    return {"labels": sorted(labels), "rows": rows, "bytes": total, "training": training}
+
+
+def _settle(source: Source, found: list[Found], data: DataSpec) -> Survey:
+    packed, why_task = _choose_task(source, data)
+    labels = {label for part in found for label in part["labels"]}
+    sums = {name: sum(part[name] for part in found) for name in ("rows", "bytes", "training")}
+    sample = min(1.0, SAMPLE_BYTES / max(sums["training"], 1))
+    place = f"the field {_label(data)}" if _label(data) else "a folder a class"
+    return Survey(
+        replace(_layout_of(data, packed), sample=sample),
+        () if packed else sort_labels(labels, f"{source.store.uri} ({place})"),
+        sums["rows"],
+        sums["bytes"] / max(sums["rows"], 1),
+        (why_task,),
+    )
+
+
+def _choose_task(source: Source, data: DataSpec) -> tuple[bool, str]:
+    """Whether the texts themselves are learned, and why."""
+    label, whole = _label(data), [_is_whole(entry.key) for entry in source.entries]
+    if label and (data.task == "language" or all(whole)):
+        raise HeliostatError(
+            f"data.label is {label!r}, but nothing here is a class in a field: the texts are "
+            f"{'files' if all(whole) else 'learned themselves'}, so leave data.label out"
+        )
+    if data.task == "classification" and not label and not all(whole):
+        raise HeliostatError(
+            "data.task is classification: set data.label to the field of the class"
+        )
+    if data.task != "auto":
+        return data.task == "language", f"task {data.task} - as data.task says"
+    if label:
+        return False, f"task classification - data.label is {label}"
+    folders = {folder_of(entry.key) for entry in source.entries}
+    if not all(whole) or None in folders or len(folders) < 2:
+        return True, "task language - there is no data.label and no folder per class"
+    return False, (
+        f"task classification - every text lies in one of {len(folders):,} folders; set data.task "
+        "to language to learn the texts themselves"
+    )
+
+
+def _layout_of(data: DataSpec, packed: bool) -> TextLayout:
+    return TextLayout(packed, data.text.block, data.text.column, None if packed else _label(data))
+
+
+def _label(data: DataSpec) -> str | None:
+    if isinstance(data.label, tuple):
+        raise HeliostatError(
+            f"data.label names {len(data.label)} fields: of texts one is the class"
+        )
+    return data.label
+
+
+def _read(store: Store, unit: Unit, layout: TextLayout) -> Iterator[pa.Table]:
+    batch, size = list[Document](), 0
+    for document in _read_unit(store, unit["files"], layout):
+        batch.append(document)
+        size += len(document.text or "")
+        if size >= BATCH_BYTES or len(batch) == BATCH_ROWS:
+            yield _to_rows(batch, layout)
+            batch, size = [], 0
+    if batch:
+        yield _to_rows(batch, layout)
+
+
+def _to_rows(batch: list[Document], layout: TextLayout) -> pa.Table:
+    names = ("id", "object", "label", "problem", "text")
+    ids, objects, labels, problems, texts = (
+        [getattr(document, name) for document in batch] for name in names
+    )
+    payload = {TEXT: pa.array(texts, pa.large_string())}
+    return raw_rows(layout, ids, objects, labels, problems, payload)
+
+
+def _finish(store: Store, layout: TextLayout, rows: pa.Table) -> pa.Table:
+    """Blocks of packed documents, each with the document that it begins in, or texts one by one."""
+    assert layout.vocabulary is not None
+    tokenizer = load_tokenizer(store, layout.vocabulary.sha256)
+    texts, dtype = rows[TEXT].to_pylist(), token_type(layout.vocabulary.size)
+    if layout.packed:
+        return _to_blocks(rows["id"].to_pylist(), encode_texts(tokenizer, texts), layout)
+    ids = encode_texts(tokenizer, texts, layout.block)
+    stops = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    lists = pa.ListArray.from_arrays(stops, np.concatenate(ids).astype(dtype))
+    return rows.drop_columns([TEXT]).append_column(TOKENS, lists)
+
+
+def _to_blocks(ids: list[str], documents: list[Any], layout: TextLayout) -> pa.Table:
+    vocabulary = layout.vocabulary
+    assert vocabulary is not None
+    blocks, places = pack(documents, layout.block, vocabulary.end)
+    stored = blocks.astype(token_type(vocabulary.size))
+    kind = pa.binary(layout.block * stored.itemsize)
+    is_followed, _ = find_targets(blocks, vocabulary.end)
+    return pa.table(
+        {
+            "id": pa.array([f"{ids[place]}@{offset}" for place, offset in places], pa.string()),
+            TOKENS: pa.Array.from_buffers(kind, len(blocks), [None, pa.py_buffer(stored)]),
+            WEIGHT: pa.array(is_followed.sum(axis=1), pa.int32()),
+        }
+    )
+
+
+# --- Documents -----------------------------------------------------------------------------------
+
+
+def _is_whole(key: str) -> bool:
+    """Whether the object is one document."""
+    return not key.lower().endswith((*LINES, *TABLES))
+
+
+def _read_unit(store: Store, files: Files, layout: TextLayout) -> Iterator[Document]:
+    """Every document of the files, good or bad; files that are one are read several at a time."""
+    read = partial(_read_key, store, layout)
+    for is_whole, group in groupby(files, lambda file: _is_whole(file[0])):
+        if not is_whole:
+            yield from chain.from_iterable(map(read, group))
+            continue
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            while some := list(islice(group, PARALLEL_READS)):
+                yield from chain.from_iterable(pool.map(lambda file: list(read(file)), some))
+
+
+def _read_key(store: Store, layout: TextLayout, file: tuple[str, int]) -> Iterator[Document]:
+    key = file[0].lower()
+    read = (
+        _read_lines if key.endswith(LINES) else _read_table if key.endswith(TABLES) else _read_file
+    )
+    for document in read(store, layout, *file):
+        yield _check(document, layout)
+
+
+def _check(document: Document, layout: TextLayout) -> Document:
+    """The document with the first problem that there is."""
+    text, problem = document.text, document.problem
+    if problem is None and (text is None or not text.strip()):
+        problem = "empty"
+    if problem is None and text is not None and len(text.encode()) > MAX_DOCUMENT_BYTES:
+        problem = TOO_LONG
+    if problem is None and not layout.packed and document.label is None:
+        problem = f"no {layout.label}" if layout.label else "not in a class folder"
+    return replace(document, text=None if problem else text, problem=problem)
+
+
+def _read_file(store: Store, layout: TextLayout, key: str, size: int) -> Iterator[Document]:
+    text: str | None = None
+    problem: str | None = TOO_LONG
+    if size <= MAX_DOCUMENT_BYTES:
+        text, problem = _unpack(store.read(key))
+    yield Document(key, key, text, None if layout.packed else folder_of(key), problem)
+
+
+def _unpack(data: bytes) -> tuple[str | None, str | None]:
+    """The text of a file, or what is wrong with it."""
+    try:
+        if data.startswith(GZIP):
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_DOCUMENT_BYTES + 1)
+        return data.decode("utf-8-sig"), None
+    except BROKEN_STREAM as error:
+        return None, f"not a whole gzip file: {error}"
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 text: {error.reason}"
+
+
+def _read_lines(store: Store, layout: TextLayout, key: str, size: int) -> Iterator[Document]:
+    with open_raw(store, key) as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES):
+            if line.strip():
+                yield _parse_line(line, layout, f"{key}#{number}", key)
+            number += 1
+            while not line.endswith(b"\n") and line:  # the rest of a line that is too long
+                line = stream.readline(MAX_LINE_BYTES)
+
+
+def _parse_line(line: bytes, layout: TextLayout, row_id: str, key: str) -> Document:
+    bad = partial(Document, row_id, key, None, None)
+    if len(line) == MAX_LINE_BYTES:
+        return bad(TOO_LONG)
+    try:
+        fields = json.loads(line)
+    except UnicodeDecodeError as error:
+        return bad(f"not UTF-8 text: {error.reason}")
+    except (ValueError, RecursionError):
+        return bad("not a line of JSON")
+    text = fields.get(layout.column) if isinstance(fields, dict) else None
+    if not isinstance(text, str):
+        return bad(f"no text in the field {layout.column}")
+    if SURROGATES.search(text):
+        return bad("not UTF-8 text: half of a surrogate pair")
+    label = _parse_label(fields.get(layout.label)) if layout.label else None
+    return Document(row_id, key, text, label, None)
+
+
+def _parse_label(value: object) -> str | None:
+    if isinstance(value, str) and not SURROGATES.search(value):
+        return clean_text(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value) if isinstance(value, bool | int | float) else None
+
+
+def _read_table(store: Store, layout: TextLayout, key: str, size: int) -> Iterator[Document]:
+    names = [name for name in (layout.column, layout.label) if name]
+    with _open_table(store, key, names) as batches:
+        first = 0
+        for problems, columns in batches:
+            texts = columns[layout.column].cast(pa.large_string()).to_pylist()
+            labels = to_names(columns[layout.label]).to_pylist() if layout.label else problems
+            for row, (text, label, problem) in enumerate(
+                zip(texts, labels, problems, strict=True), start=first
+            ):
+                yield Document(f"{key}#{row}", key, text, label, problem)
+            first += len(problems)
+
+
+Columns = Iterator[tuple[list[str | None], dict[str, pa.Array]]]  # with the problem of each row
+
+
+@contextmanager
+def _open_table(store: Store, key: str, names: list[str]) -> Iterator[Columns]:
+    if key.lower().endswith(PARQUET_SUFFIXES):
+        with open_parquet(store, key) as file:
+            _check_names(names, file.schema_arrow.names, f"{store.uri}/{key}")
+            parts = file.iter_batches(TABLE_ROWS, columns=names)
+            yield (
+                ([None] * part.num_rows, {name: plain(part.column(name)) for name in names})
+                for part in parts
+            )
+        return
+    with open_csv(store, key) as (header, batches):
+        _check_names(names, header, f"{store.uri}/{key}")
+        yield ((batch.problems, batch.columns) for batch in batches)
+
+
+def _check_names(names: list[str], columns: list[str], place: str) -> None:
+    if missing := [name for name in names if name not in columns]:
+        raise HeliostatError(
+            f"{place} has no column {missing[0]}: set data.text.column or data.label to one of "
+            f"{', '.join(columns)}"
+        )
+
+
+# --- The tokenizer -------------------------------------------------------------------------------
+
+
+def sample_unit(data: DataSpec, layout: TextLayout, store: Store, unit: Unit) -> Found:
+    """The training documents of a unit whose order falls into the share `layout.sample`."""
+    limit = int(layout.sample * (1 << ORDER_BITS))
+
+    def place(row_id: str, key: str) -> int:
+        return order_of(row_id, key, data.seed, data.split)
+
+    files = [
+        file for file in unit["files"] if not _is_whole(file[0]) or place(file[0], file[0]) < limit
+    ]
+    samples = [
+        (order, document.id, document.text)
+        for document in _read_unit(store, files, layout)
+        if document.problem is None and (order := place(document.id, document.object)) < limit
+    ]
+    return {"samples": samples}
+
+
+def learn_vocabulary(found: list[Found], layout: TextLayout, data: DataSpec) -> Learned:
+    """A tokenizer of what `sample_unit` found, of SAMPLE_BYTES at most.
+
+    Raises:
+        HeliostatError: there is no training document.
+    """
+    texts, size = list[str](), 0
+    for _, _, text in sorted(chain.from_iterable(part["samples"] for part in found)):
+        size += len(text.encode())
+        if texts and size > SAMPLE_BYTES:
+            break
+        texts.append(text)
+    if not texts:
+        raise HeliostatError(
+            f"no text under {data.source} can be used for training: give more texts, or lower "
+            "data.split.validation and data.split.test"
+        )
+    written = learn_tokenizer(texts, data.text.vocab)
+    vocabulary = describe_tokenizer(written, {}, "the tokenizer")
+    part = "the" if layout.sample == 1 else f"a sample of {layout.sample:.2%} of the"
+    reason = f"byte-level BPE of {part} training texts ({len(texts):,}, {size / MIB:,.1f} MiB)"
+    if vocabulary.size < data.text.vocab:
+        reason += f"; not {data.text.vocab:,}, as no other pair of tokens occurs twice there"
+    return written, vocabulary, f"vocabulary of {vocabulary.size:,} tokens - {reason}"
+
+
+def read_vocabulary(uri: str) -> Learned:
+    """The tokenizer that a spec names.
+
+    Raises:
+        HeliostatError: there is none, or none that a document can be ended with.
+    """
+    written, beside = read_tokenizer(uri)
+    vocabulary = describe_tokenizer(written, beside, uri)
+    reason = f"as data.text.tokenizer is {uri}; {vocabulary.end} ends a document"
+    return written, vocabulary, f"vocabulary of {vocabulary.size:,} tokens - {reason}"
+
+
+TASKS = ("language", "classification")
+TEXTS = Form(group_files, _survey, _settle, _read, TASKS, _finish)

@@ -1,0 +1,225 @@
+"""Tokens of texts: a byte-level BPE learned or given, kept by its hash, and packing into blocks."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from heliostat.errors import HeliostatError
+from heliostat.storage import Missing, Store, connect, join
+
+END = "<|end|>"
+# What others call the token that ends a document, where no tokenizer_config.json says it.
+OTHER_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+MIN_FREQUENCY = 2
+CHARACTERS_PER_CALL = 2**21  # the tokenizer needs some 120 bytes for each
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is known of a tokenizer without it; `token_bytes` is the text's bytes per token id."""
+
+    sha256: str
+    size: int
+    end: int
+    token_bytes: tuple[int, ...]
+
+
+def learn_tokenizer(texts: Iterable[str], size: int) -> bytes:
+    """A byte-level BPE of at most `size` tokens as tokenizer.json; equal texts, equal bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=MIN_FREQUENCY,
+        show_progress=False,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    written: str = tokenizer.to_str()
+    return written.encode()
+
+
+def parse_tokenizer(data: bytes, origin: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, without padding or cutting of its own.
+
+    A special token that a text spells out is read as text: a document cannot end itself.
+
+    Raises:
+        HeliostatError: the file, named by `origin`, is not such a file.
+    """
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # the library knows no narrower one
+        raise HeliostatError(f"{origin} is not a tokenizer.json: {str(error)[:200]}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def read_tokenizer(uri: str) -> tuple[bytes, dict[str, Any]]:
+    """A tokenizer.json, named itself or by its folder, and what the files beside it say of it.
+
+    Raises:
+        HeliostatError: there is no such object.
+    """
+    folder, _, name = uri.rpartition("/") if uri.endswith(".json") else (uri, "", "tokenizer.json")
+    store, beside = connect(folder or "."), dict[str, Any]()
+    for other in ("config.json", "tokenizer_config.json"):
+        with suppress(Missing, ValueError):
+            beside |= json.loads(store.read(other))
+    try:
+        return store.read(name), beside
+    except Missing as error:
+        raise HeliostatError(
+            f"data.text.tokenizer: there is no {name} in {store.uri}: name a tokenizer.json or the "
+            "folder that holds one"
+        ) from error
+
+
+def describe_tokenizer(data: bytes, beside: dict[str, Any], origin: str) -> Vocabulary:
+    """The vocabulary of a tokenizer.json; `beside` is what `read_tokenizer` found.
+
+    A model stored beside it may have more rows than there are tokens: then these count.
+
+    Raises:
+        HeliostatError: it is no tokenizer, or has no token that ends a document.
+    """
+    tokenizer = parse_tokenizer(data, origin)
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    size = max(max(ids.values()) + 1, int(beside.get("vocab_size") or 0))
+    return Vocabulary(
+        sha256(data).hexdigest(),
+        size,
+        _find_end(ids, beside, origin),
+        _count_bytes(tokenizer, ids, size),
+    )
+
+
+def store_tokenizer(store: Store, data: bytes) -> None:
+    """Keep it where `load_tokenizer` looks for it."""
+    if store.stat(key := _key(sha256(data).hexdigest())) is None:
+        store.write(key, data)
+
+
+def load_tokenizer(store: Store, digest: str) -> Tokenizer:
+    """The tokenizer with this SHA-256 (hex).
+
+    Raises:
+        HeliostatError: it is missing, or its bytes are others.
+    """
+    return _load_tokenizer(store, digest)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=8)
+def _load_tokenizer(store: Store, digest: str) -> Tokenizer:
+    key = _key(digest)
+    data = store.read(key)
+    if sha256(data).hexdigest() != digest:
+        raise HeliostatError(
+            f"{join(store.uri, key)} is not the tokenizer that was stored: delete the object and "
+            "prepare the data again"
+        )
+    return parse_tokenizer(data, join(store.uri, key))
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], length: int | None = None
+) -> list[Ids]:
+    """The token ids of each text: bare, or cut to `length` with the marks that a model expects.
+
+    There is at least one; a text of which the tokenizer keeps nothing is token 0.
+    """
+    if length is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(length)
+    ids: list[Ids] = []
+    for part in _group(texts):
+        encoded = tokenizer.encode_batch_fast(part, add_special_tokens=length is not None)
+        ids += [np.array(text.ids or [0], np.int32) for text in encoded]
+    return ids
+
+
+def pack(documents: Sequence[Ids], length: int, end: int) -> tuple[Ids, list[tuple[int, int]]]:
+    """Documents, each closed by `end`, in blocks (N, length); where each block begins.
+
+    That is a pair: the document, and how many of its tokens stand before. The last block is filled
+    up with `end`; one that would hold nothing else is left out.
+    """
+    closed = [np.append(document, np.int32(end)) for document in documents]
+    stops = np.cumsum([len(document) for document in closed])
+    flat = np.concatenate(closed)
+    used = len(flat) - (len(flat) % length == 1)
+    blocks = np.full(-(-used // length) * length, end, np.int32)
+    blocks[:used] = flat[:used]
+    first = np.arange(0, used, length)
+    places = np.searchsorted(stops, first, side="right")
+    offsets = first - (stops - [len(document) for document in closed])[places]
+    return blocks.reshape(-1, length), list(zip(places.tolist(), offsets.tolist(), strict=True))
+
+
+def find_targets(blocks_NT: NDArray[Any], end: int) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    """Which tokens (N, T - 1) are followed by one to predict, and what follows every token."""
+    return blocks_NT[:, :-1] != end, blocks_NT[:, 1:]
+
+
+def _group(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in lists of at most CHARACTERS_PER_CALL, or of one text."""
+    part, size = list[str](), 0
+    for text in texts:
+        size += len(text)
+        if part and size > CHARACTERS_PER_CALL:
+            yield part
+            part, size = [], len(text)
+        part.append(text)
+    if part:
+        yield part
+
+
+def _key(digest: str) -> str:
+    return f"blobs/{digest}"
+
+
+def _find_end(ids: dict[str, int], beside: dict[str, Any], origin: str) -> int:
+    named = beside.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    for name in (named, END, *OTHER_ENDS):
+        if name in ids:
+            return ids[name]
+    raise HeliostatError(
+        f"{origin} has no token that ends a document, such as {OTHER_ENDS[0]}: name it as "
+        "eos_token in a tokenizer_config.json beside it"
+    )
+
+
+def _count_bytes(tokenizer: Tokenizer, ids: dict[str, int], size: int) -> tuple[int, ...]:
+    """A special token stands for no text; one of a byte-level BPE has a character for each byte."""
+    counts = np.zeros(size, np.int64)
+    is_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel)
+    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for token, id in ids.items():
+        if id not in special:
+            counts[id] = len(token) if is_bytes else _count_spelled(token)
+    return tuple(counts.tolist())
+
+
+def _count_spelled(token: str) -> int:
+    """Bytes of a token that is spelled as text, with marks for a blank or for none before it."""
+    if BYTE_TOKEN.fullmatch(token):
+        return 1
+    return len(token.replace("\u2581", " ").removeprefix("##").encode())
