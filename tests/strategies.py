@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
@@ -133,12 +134,13 @@ def _follow(
 
 def search(room_bytes: int, world_size: int = 1) -> int:
     """The micro batch that is found where `room_bytes` are free."""
-    micro_batch._AVAILABLE["cpu"] = lambda device: room_bytes
     spec = TrainSpec(strategy="fsdp", global_batch=4096)
     model = make_network("deep")
     parallel = parallelize(model, TASK, spec, CPU, world_size)
     optimizer = build_optimizer(OPTIMIZER, model)
-    found = fit_micro_batch(parallel, optimizer, SIGNATURE, spec, CPU, world_size=world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(micro_batch._AVAILABLE, "cpu", lambda device: room_bytes)
+        found = fit_micro_batch(parallel, optimizer, SIGNATURE, spec, CPU, world_size=world_size)
     return found.rows
 
 
