@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
@@ -132,12 +134,13 @@ def _follow(
 
 def search(room_bytes: int, world_size: int = 1) -> int:
     """The micro batch that is found where `room_bytes` are free."""
-    micro_batch._AVAILABLE["cpu"] = lambda device: room_bytes
     spec = TrainSpec(strategy="fsdp", global_batch=4096)
     model = make_network("deep")
     parallel = parallelize(model, TASK, spec, CPU, world_size)
     optimizer = build_optimizer(OPTIMIZER, model)
-    found = fit_micro_batch(parallel, optimizer, SIGNATURE, spec, CPU, world_size=world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(micro_batch._AVAILABLE, "cpu", lambda device: room_bytes)
+        found = fit_micro_batch(parallel, optimizer, SIGNATURE, spec, CPU, world_size=world_size)
     return found.rows
 
 
@@ -148,15 +151,15 @@ def overflow() -> tuple[float, float]:
     parallel = parallelize(model, TASK, TrainSpec(strategy="fsdp"), CPU, world_size=3)
     optimizer = build_optimizer(OPTIMIZER, model)
     scaler.scale(parallel.model(torch.ones(1, 4)).sum()).backward()
-    weight: Any = model.weight  # a DTensor now
+    weight, grad = cast(DTensor, model.weight), cast(DTensor, model.weight.grad)
     before = weight.full_tensor().clone()
     if distributed.get_rank() == 0:
-        weight.grad.to_local()[0] = float("inf")
+        grad.to_local()[0] = float("inf")
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
     moved = weight.full_tensor() - before
-    return float(moved.abs().max()), scaler.get_scale()
+    return float(moved.detach().abs().max()), scaler.get_scale()
 
 
 def train_together(cases: list[Case], directory: Path) -> list[Seen]:

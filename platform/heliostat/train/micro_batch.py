@@ -183,7 +183,8 @@ def _measure_cuda(step: Callable[[], None]) -> int | None:
 
 def _measure_cpu(step: Callable[[], None]) -> int | None:
     """Bytes of the tensors that were made and alive together at most."""
-    with _Meter() as meter:
+    meter = _Meter()
+    with meter:
         step()
     return int(meter.peak_bytes)
 
