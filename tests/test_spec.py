@@ -67,7 +67,11 @@ data = st.fixed_dictionaries(
     },
 )
 model = st.fixed_dictionaries(
-    {"kind": st.just("mlp")}, optional={"hidden": st.lists(small), "dropout": st.floats(0, 1)}
+    {"kind": st.just("mlp")},
+    optional={
+        "hidden": st.lists(small, min_size=1),
+        "dropout": st.floats(0, 1, exclude_max=True),
+    },
 ) | st.fixed_dictionaries(
     {"kind": st.just("cnn")},
     optional={"channels": st.lists(small, min_size=1), "hidden": st.lists(small)},

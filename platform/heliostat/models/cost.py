@@ -12,19 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from heliostat.errors import HeliostatError
 from heliostat.models import Task, build, count_parameters, task_of
 from heliostat.models.dropout import key_samples
-from heliostat.signature import (
-    Blocks,
-    Classes,
-    Input,
-    Interaction,
-    NextToken,
-    Output,
-    Picture,
-    Series,
-    Signature,
-    Text,
-    Vector,
-)
+from heliostat.models.example import example
+from heliostat.signature import Series, Signature, Text
 from heliostat.spec import CustomSpec, ModelSpec, RnnSpec
 
 Costs = tuple[int, ...]
@@ -93,8 +82,7 @@ def _measure_row(network: nn.Module, task: Task, signature: Signature) -> Costs:
 
 def _measure_step(network: nn.Module, task: Task, signature: Signature, rows: int) -> Costs:
     """FLOPs of the forward pass, of it and the backward pass, and bytes kept between them."""
-    inputs = _make_inputs(signature.input, rows)
-    targets = _make_targets(signature.output, inputs)
+    inputs, targets = example(signature, rows)
     kept: dict[int, Tensor] = {}
     with FlopCounterMode(display=False) as counter:
         with key_samples(network, torch.zeros(rows, dtype=torch.long)), _keeping(kept):
@@ -115,34 +103,3 @@ def _keeping(kept: dict[int, Tensor]) -> Iterator[None]:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         yield
-
-
-def _make_inputs(of: Input, rows: int) -> tuple[Tensor, ...]:
-    match of:
-        case Vector(width):
-            return (torch.zeros(rows, width),)
-        case Picture(channels, height, width):
-            return (torch.zeros(rows, channels, height, width),)
-        case Series(length, channels):
-            return torch.zeros(rows, length, channels), torch.full((rows,), length)
-        case Text(length):
-            return _make_tokens(rows, length), torch.full((rows,), length)
-        case Blocks(length):
-            return (_make_tokens(rows, length),)
-        case Interaction(ids, width):
-            return _make_tokens(rows, len(ids)), torch.zeros(rows, width)
-
-
-def _make_tokens(rows: int, length: int) -> Tensor:
-    return torch.zeros(rows, length, dtype=torch.long)
-
-
-def _make_targets(of: Output, inputs: tuple[Tensor, ...]) -> Tensor:
-    rows = len(inputs[0])
-    match of:
-        case Classes():
-            return torch.zeros(rows, dtype=torch.long)
-        case NextToken():
-            return inputs[0]
-        case numbers:
-            return torch.zeros(rows, len(numbers.names))

@@ -18,7 +18,7 @@ from heliostat.signature import (
 
 
 def example(signature: Signature, rows: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Inputs and targets of `rows` rows, as long as rows can be, on the CPU."""
+    """Inputs and targets of `rows` rows, as long as rows can be, on the default device."""
     inputs = _inputs(signature.input, rows)
     match signature.output:
         case Classes():
