@@ -15,7 +15,7 @@ MEMORY = st.integers(GIB, 4096 * GIB)
 def test_bounds_fit_the_machine(cores: int, memory_bytes: int) -> None:
     bounds = bound_machine(cores, memory_bytes)
     assert bounds.logical_cpus >= max(4, cores)
-    assert bounds.object_store_bytes + bounds.memory_bytes <= 0.7 * memory_bytes
+    assert 10 * (bounds.object_store_bytes + bounds.memory_bytes) <= 7 * memory_bytes
     assert bounds.object_store_bytes <= 8 * GIB
 
 

@@ -111,7 +111,10 @@ def test_http_answers_equal_the_offline_predictions(
 ) -> None:
     columns = {
         "shapes": {"image": np.array(IMAGES["instances"], dtype=np.uint8)[..., np.newaxis]},
-        "people": {"age": np.array([41, np.nan]), "job": np.array(["cook", "pilot"], object)},
+        "people": {
+            "numbers": np.array([[41], [np.nan]]),
+            "x.job": np.array(["cook", "pilot"], object),
+        },
     }[name]
     answer = client.post(f"/v1/models/{name}:predict", json=document).json()
     served = [list(p["probabilities"].values()) for p in answer["predictions"]]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from heliostat import registry
+from heliostat.data.features import ImageFeatures, features_to_json
 from heliostat.errors import HeliostatError
 from heliostat.serve import deploy as rollout
 from heliostat.serve.deploy import (
@@ -100,7 +101,7 @@ def store(tmp_path: Path) -> Store:
         draft = registry.Draft(
             name="digits",
             output={},
-            features={},
+            features=features_to_json(ImageFeatures(4, 4, 1, (0.5,), (0.25,))),
             spec={},
             data_name="digits",
             data_version="0" * 16,
