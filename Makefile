@@ -2,16 +2,19 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-faults check fix render clean
+.PHONY: demo test test-faults test-gpu check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults and not gpu"
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 check: $(READY)
 	$(BIN)/ruff check .

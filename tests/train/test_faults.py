@@ -92,7 +92,7 @@ def test_what_happens_to_a_rank_costs_no_step(
 ) -> None:
     calm = train(make_run(store, tmp_path / "calm", {}, run="calm"), manifest)
     journal = tmp_path / "journal"
-    result = train(make_run(store, journal, fault, run="hurt", hang_seconds=20.0), manifest)
+    result = train(make_run(store, journal, fault, run="hurt", hang_seconds=40.0), manifest)
     assert (journal / "done").exists()
     assert result.step == calm.step == 300
     np.testing.assert_array_equal(weights(result), weights(calm))
