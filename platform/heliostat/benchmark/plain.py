@@ -32,7 +32,8 @@ def main(data: str, hidden: list[int], lr: float, batch: int, steps: int, thread
         first = step * rows % (len(inputs) - rows + 1)
         optimizer.zero_grad()
         outputs = model(inputs[first : first + rows])
-        nn.functional.cross_entropy(outputs, labels[first : first + rows]).backward()
+        loss = nn.functional.cross_entropy(outputs, labels[first : first + rows])
+        torch.autograd.backward(loss)
         optimizer.step()
         ends.append(time.time())
     if rank == 0:

@@ -86,7 +86,7 @@ def train(config: dict[str, Any]) -> None:
         for batch in rows.iter_torch_batches(batch_size=task.batch // task.workers, drop_last=True):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(batch["inputs"]), batch["label"])
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             step += 1
             ends.append(time.time())

@@ -175,7 +175,8 @@ def make_stock(store: Store, run: RunSpec, manifest: Manifest) -> Peer:
     )
 
     def read_steps() -> list[list[float]]:
-        return [json.loads(store.read(entry.key)) for entry in store.list(f"stock/{name}-steps/")]
+        entries = store.list(f"stock/{name}-steps/")  # among them the mark of a folder
+        return [json.loads(store.read(one.key)) for one in entries if one.key.endswith(".json")]
 
     return Peer(
         "stock",
