@@ -34,8 +34,8 @@ from heliostat.train import checkpoint, goodput
 from heliostat.train.goodput import STARTUP
 
 SPEC = "jobs/specs/benchmark.yaml"
-SIDE, CLASSES, ROWS = 28, 10, 16_384
-STEPS, CHECKPOINT_STEPS, MAX_FAILURES = 400, 100, 3
+SIDE, CLASSES, ROWS = 28, 10, 32_768
+STEPS, CHECKPOINT_STEPS, MAX_FAILURES = 300, 50, 3
 PARTS = ("steps", "submit", "kill")
 JOB_SECONDS, LOOK_SECONDS = 300.0, 0.1
 
