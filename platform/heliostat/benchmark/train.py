@@ -20,6 +20,7 @@ from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import psutil
+from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors
 from tensorboardX.proto.event_pb2 import Event
 
@@ -198,7 +199,7 @@ def time_job(peer: Peer, with_kill: bool, say: Say) -> Iterator[tuple[str, float
             if job.poll() is not None:
                 raise HeliostatError(f"the job ended before its first checkpoint: {job.tail()}")
             time.sleep(LOOK_SECONDS)
-        killed = kill_worker() if with_kill else 0.0
+        killed = kill_worker(job.name) if with_kill else 0.0
         job.wait()
     lives = peer.read_steps()
     yield "submit_to_first_step_seconds", lives[0][0] - submitted
@@ -211,9 +212,11 @@ def time_job(peer: Peer, with_kill: bool, say: Say) -> Iterator[tuple[str, float
         yield "kill_to_next_step_seconds", min(after) - killed
 
 
-def kill_worker() -> float:
-    """SIGKILL a process that trains; when, Unix time."""
-    actors = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+def kill_worker(submission: str) -> float:
+    """SIGKILL a process that trains for the job; when, Unix time."""
+    driver = JobSubmissionClient().get_job_info(submission).driver_info
+    wanted = {"class_name": "RayTrainWorker", "state": "ALIVE", "job_id": driver and driver.id}
+    actors = list_actors(filters=[(key, "=", value) for key, value in wanted.items()])
     pids = [actor.pid for actor in actors if psutil.pid_exists(actor.pid)]
     if not pids:
         raise HeliostatError("no worker trains on this machine: run this where the workers are")
@@ -225,8 +228,8 @@ def kill_worker() -> float:
 class Job:
     """A job that was submitted, and what it has said."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path):
-        self._process, self._log = process, log
+    def __init__(self, name: str, process: "subprocess.Popen[bytes]", log: Path):
+        self.name, self._process, self._log = name, process, log
         self.poll = process.poll
 
     def tail(self) -> str:
@@ -255,7 +258,7 @@ def submit(peer: Peer) -> Iterator[Job]:
         with log.open("wb") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         try:
-            yield Job(process, log)
+            yield Job(name, process, log)
         finally:
             if process.poll() is None:
                 subprocess.run([*ray, "stop", name], capture_output=True, check=False)
