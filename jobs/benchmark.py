@@ -3,16 +3,21 @@
 eval "$(heliostat env)"
 python jobs/benchmark.py data                       # bucket -> tensors, rows per second
 python jobs/benchmark.py data root=s3://my-bucket repeats=5
+python jobs/benchmark.py train                      # a step, submit to first step, kill to next
+python jobs/benchmark.py train only=steps repeats=1
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
+import torch
 
-from heliostat.benchmark import data
+from heliostat.benchmark import data, gpu, train
 from heliostat.errors import HeliostatError
 from heliostat.job import run
 
@@ -21,6 +26,7 @@ from heliostat.job import run
 class Options:
     root: str = "s3://heliostat"
     repeats: int = 3
+    only: str | None = None
 
 
 def measure_data(options: Options) -> dict[str, Any]:
@@ -45,14 +51,35 @@ def measure_data(options: Options) -> dict[str, Any]:
     }
 
 
-BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {"data": measure_data}
+def measure_train(options: Options) -> dict[str, Any]:
+    if options.only not in (None, *train.PARTS):
+        raise HeliostatError(f"only={options.only} is no part: use {', '.join(train.PARTS)}")
+    found = train.measure(options.root, options.repeats, options.only, partial(print, flush=True))
+    for figure, peers in found.items():
+        ours, theirs = peers.values()
+        ratio = f"{ours / theirs:.2f}x" if ours and theirs else "-"
+        shown = "  ".join(f"{name} {seconds or math.nan:.4f}" for name, seconds in peers.items())
+        print(f"{figure:<30} {shown}  {ratio}")
+    if not torch.cuda.is_available():
+        print("mfu is null: this machine has no GPU")
+    return {**found, "mfu": gpu.measure().mfu if torch.cuda.is_available() else None}
+
+
+BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "data": measure_data,
+    "train": measure_train,
+}
 
 
 def main(name: str, *overrides: str) -> None:
     if name not in BENCHMARKS:
         raise HeliostatError(f"{name!r} is no benchmark: use one of {', '.join(BENCHMARKS)}")
     given = dict(override.split("=", 1) for override in overrides)
-    options = Options(given.get("root", Options.root), int(given.get("repeats", Options.repeats)))
+    options = Options(
+        given.get("root", Options.root),
+        int(given.get("repeats", Options.repeats)),
+        given.get("only"),
+    )
     ray.init(logging_level="ERROR", log_to_driver=False)
     print(json.dumps({"benchmark": name, **BENCHMARKS[name](options)}))
 

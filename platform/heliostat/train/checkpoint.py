@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store
-from heliostat.train.pieces import Span, hash_bytes
+from heliostat.train.span import Span, hash_bytes
 
 Best = Literal["lower", "higher"]
 

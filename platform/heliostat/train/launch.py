@@ -1,17 +1,15 @@
-"""The training loop on Ray: a `TorchTrainer` whose workers get rows from Ray Data."""
+"""A run from its driver: workers of Ray Train that get their rows from Ray Data."""
 
 import json
 import os
 import secrets
-import time
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
-import safetensors.torch
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from heliostat import spec, storage
 from heliostat.data import stream
@@ -23,11 +21,9 @@ from heliostat.errors import HeliostatError
 from heliostat.spec import RunSpec
 from heliostat.spec.difference import refuse_changes
 from heliostat.storage import Conflict, Store
-from heliostat.train import lease, sharded
+from heliostat.train import checkpoint, lease
 from heliostat.train.checkpoint import Corrupt
-from heliostat.train.gauges import Gauges
-from heliostat.train.loop import Ranks
-from heliostat.train.rank import Job, Place, Preempted, result_key, train_rank
+from heliostat.train.job import Job, failure_key, result_key
 
 RESIZE_SECONDS = 30.0
 
@@ -120,11 +116,11 @@ def _say_workers(run: RunSpec) -> str:
 
 
 def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> None:
-    store.delete(_failure_key(job.run))
-    reader = ray.remote(stream.ChunkReader).options(
-        num_cpus=0, max_restarts=-1, name=_reader_name(job)
-    )
+    store.delete(failure_key(job.run))
+    reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=job.reader)
     actor = reader.remote(store, manifest, "train", order, job.steps)
+    # The rows of the first step are on their way while the workers start.
+    actor.chunk.remote(order.locate(_reached(store, job))[0])
     try:
         _fit(job)
     except ray.train.TrainingFailedError as error:
@@ -133,14 +129,21 @@ def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> No
         ray.kill(actor)
 
 
+def _reached(store: Store, job: Job) -> int:
+    """The step that the workers will most likely go on from."""
+    found = [one.step for one in checkpoint.find(store, job.run) if one.committed]
+    return min(max(found, default=0), job.steps - 1)
+
+
 def _fit(job: Job) -> None:
     train = job.spec.train
     for setting in TRAIN:
         os.environ.setdefault(setting.name, setting.value)
     fewest, most = train.fewest_workers, train.most_workers
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = DataParallelTrainer(
         _work,
-        train_loop_config={"job": job, "submitted": time.time()},
+        train_loop_config={"job": job},
+        backend_config=_BackendConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=train.gpus_per_worker > 0,
@@ -157,63 +160,26 @@ def _fit(job: Job) -> None:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What one worker does; a failure that a retry cannot mend is written down and ends the run."""
-    job: Job = config["job"]
-    store = storage.connect(job.spec.root)
-    if store.stat(_failure_key(job.run)):
-        return
-    context = ray.train.get_context()
-    place = Place(
-        Ranks(context.get_world_rank(), context.get_world_size()),
-        ray.train.torch.get_device(),
-        context.get_local_world_size(),
-        stream.fetch_from(ray.get_actor(_reader_name(job))),
-        _is_preempted,
-        [Gauges(job.run)] if context.get_world_rank() == 0 else [],
-    )
-    # Said once by every worker of a network with one input channel; it costs nothing here.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    try:
-        if place.ranks.rank == 0:
-            _count_try(store, job)
-        train_rank(job, place)
-    except HeliostatError as error:
-        store.write(_failure_key(job.run), str(error).encode())
-        raise
-    except Preempted:
-        if place.ranks.rank == 0:
-            _write_tries(store, job, _read_tries(store, job) - 1)
-        raise
+    """What a worker runs. Imported there: the driver and Ray's controller do without PyTorch."""
+    from heliostat.train.worker import work
+
+    work(config["job"])
 
 
-def _is_preempted() -> bool:
-    """Whether Ray has told this worker that a node of the run will be taken away.
+class _Backend(Backend):  # type: ignore[misc]
+    """Workers meet by themselves in `worker`; on a node each sees the GPUs of all, as NCCL wants.
 
-    Read where Ray keeps it, because `ray.train.get_preemption_info` is a barrier over all workers.
+    Ray's own `TorchConfig` imports PyTorch in the driver and the controller, a quarter of all that
+    a run does before its first step, and gives a worker that died 30 s to leave its group.
     """
-    from ray.train.v2._internal.execution.context import get_train_context
 
-    return get_train_context().preemption_context.preemption_info is not None
-
-
-def _count_try(store: Store, job: Job) -> None:
-    tries = _read_tries(store, job) + 1
-    _write_tries(store, job, tries)
-    if tries > job.spec.train.max_failures + 1:
-        raise HeliostatError(
-            f"the workers of run {job.run} failed {tries - 1} times, train.max_failures is "
-            f"{job.spec.train.max_failures}: the job's log has their last words; submit the job "
-            "again to go on from the last checkpoint"
-        )
+    share_cuda_visible_devices = True
 
 
-def _read_tries(store: Store, job: Job) -> int:
-    key = _tries_key(job)
-    return int(store.read(key)) if store.stat(key) else 0
-
-
-def _write_tries(store: Store, job: Job, tries: int) -> None:
-    store.write(_tries_key(job), str(tries).encode())
+class _BackendConfig(BackendConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Backend
 
 
 def _describe(run: RunSpec, manifest: Manifest) -> dict[str, Any]:
@@ -248,6 +214,11 @@ def _finished(store: Store, name: str, steps: int) -> Result | None:
     document = json.loads(store.read(result_key(name)))
     if document["step"] < steps and not document["reason"]:
         return None
+    # PyTorch takes seconds to import, and before the first step the driver does not need it.
+    import safetensors.torch
+
+    from heliostat.train import sharded
+
     try:
         weights = sharded.read_weights(store, document["checkpoint"])
     except Corrupt:
@@ -257,18 +228,6 @@ def _finished(store: Store, name: str, steps: int) -> Result | None:
 
 
 def _failure(store: Store, name: str) -> str:
-    if store.stat(_failure_key(name)):
-        return store.read(_failure_key(name)).decode()
+    if store.stat(failure_key(name)):
+        return store.read(failure_key(name)).decode()
     return f"run {name} ended without a result: look at the job's log for the workers' last words"
-
-
-def _reader_name(job: Job) -> str:
-    return f"{job.run}-{job.submission}"
-
-
-def _failure_key(run: str) -> str:
-    return f"runs/{run}/failure.txt"
-
-
-def _tries_key(job: Job) -> str:
-    return f"runs/{job.run}/tries/{job.submission}"

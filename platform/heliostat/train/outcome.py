@@ -1,6 +1,6 @@
 """A finished run to a version in the registry, with what it scored on the validation split."""
 
-from heliostat import evaluate, registry, spec, storage
+from heliostat import registry, spec, storage
 from heliostat.archive import store_code
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest
@@ -34,6 +34,8 @@ def publish(run: RunSpec, manifest: Manifest, result: Result) -> registry.Versio
 def _validate(run: RunSpec, manifest: Manifest, result: Result) -> dict[str, float]:
     if not manifest.rows.get("validation"):
         return {}
+    from heliostat import evaluate  # brings PyTorch, for which a run that begins need not wait
+
     predictor = evaluate.make_predictor(
         run.model, manifest.features, manifest.output, result.weights
     )

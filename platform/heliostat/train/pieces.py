@@ -1,15 +1,14 @@
 """Tensors in host memory as files of the safetensors format, each tensor with a hash of its own."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from heliostat.errors import HeliostatError
+from heliostat.train.span import Span, hash_bytes
 
 _NAMES = {
     torch.float64: "F64",
@@ -55,15 +54,6 @@ def split_files(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
         yield group
 
 
-@dataclass(frozen=True)
-class Span:
-    """Bytes of a file."""
-
-    offset: int
-    size: int
-    sha256: str
-
-
 def encode(tensors: Mapping[str, Tensor]) -> tuple[bytes, Span, dict[str, Span]]:
     """A safetensors file of contiguous host tensors; where its header and each tensor lie in it."""
     views = {name: _view(tensor) for name, tensor in tensors.items()}
@@ -94,10 +84,6 @@ def encode(tensors: Mapping[str, Tensor]) -> tuple[bytes, Span, dict[str, Span]]
 def decode(data: memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
     """The tensor of this shape whose bytes are `data`, which must be writable memory."""
     return torch.frombuffer(data, dtype=_TYPES[dtype]).reshape(tuple(shape))
-
-
-def hash_bytes(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _view(tensor: Tensor) -> memoryview:

@@ -20,10 +20,10 @@ from heliostat.models import build, count_parameters, task_of
 from heliostat.models.cost import measure_cost
 from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks
-from heliostat.spec import RunSpec
 from heliostat.train import checkpoint, goodput, loop, sharded
 from heliostat.train.ema import Average
 from heliostat.train.goodput import CHECKPOINT, VALIDATION, Ledger
+from heliostat.train.job import Job, result_key
 from heliostat.train.lease import raise_fence
 from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer, rate_at
@@ -42,18 +42,6 @@ from heliostat.train.stop import (
 )
 
 CURVE_POINTS = 50  # of TensorBoard, between two checkpoints
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker of a run is told; `submission` names the try that they belong to."""
-
-    spec: RunSpec
-    data_name: str
-    data_version: str
-    run: str
-    steps: int
-    submission: str
 
 
 @dataclass(frozen=True)
@@ -366,10 +354,6 @@ class _Worker:
             share.rows,
             share.weight,
         )
-
-
-def result_key(run: str) -> str:
-    return f"runs/{run}/result.json"
 
 
 @contextlib.contextmanager

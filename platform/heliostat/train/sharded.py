@@ -31,7 +31,7 @@ from heliostat.train import checkpoint, pieces
 from heliostat.train.checkpoint import Best, Corrupt, File, Manifest, Piece, Stored
 from heliostat.train.lease import Fence
 from heliostat.train.peers import Peers, open_peers
-from heliostat.train.pieces import Span
+from heliostat.train.span import Span, hash_bytes
 from heliostat.train.state import (
     AVERAGE,
     MODEL,
@@ -443,7 +443,7 @@ def _fill(
         for part in adjacent:
             start = part.span.offset - adjacent[0].span.offset
             body = data[start : start + part.span.size]
-            if pieces.hash_bytes(body) != part.span.sha256:
+            if hash_bytes(body) != part.span.sha256:
                 raise Corrupt(f"{part.file} does not match a SHA-256, at byte {part.span.offset:,}")
             for piece, item in wanted[part]:
                 dtype = manifest.tensors[item.storage_index.fqn].dtype

@@ -1,0 +1,99 @@
+"""One worker of a run as Ray Train starts it: its process group, its place, and what ends it."""
+
+import warnings
+
+import ray
+import ray.train
+import ray.train.collective
+import ray.train.torch
+import ray.util
+import torch
+from torch import distributed
+from torch._C._distributed_c10d import TCPStore
+
+from heliostat import storage
+from heliostat.data import stream
+from heliostat.errors import HeliostatError
+from heliostat.storage import Store
+from heliostat.train.gauges import Gauges
+from heliostat.train.job import Job, failure_key
+from heliostat.train.loop import Ranks
+from heliostat.train.rank import Place, Preempted, train_rank
+
+
+def work(job: Job) -> None:
+    """Train one rank; a failure that a retry cannot mend is written down and ends the run."""
+    store = storage.connect(job.spec.root)
+    if store.stat(failure_key(job.run)):
+        return
+    context = ray.train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    device = ray.train.torch.get_device()
+    place = Place(
+        ranks,
+        device,
+        context.get_local_world_size(),
+        stream.fetch_from(ray.get_actor(job.reader)),
+        _is_preempted,
+        [Gauges(job.run)] if ranks.rank == 0 else [],
+    )
+    # Said once by every worker of a network with one input channel; it costs nothing here.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    try:
+        if ranks.rank == 0:
+            _count_try(store, job)
+        _join(ranks, device)
+        train_rank(job, place)
+    except HeliostatError as error:
+        store.write(failure_key(job.run), str(error).encode())
+        raise
+    except Preempted:
+        if ranks.rank == 0:
+            _write_tries(store, job, _read_tries(store, job) - 1)
+        raise
+    distributed.destroy_process_group()
+
+
+def _join(ranks: Ranks, device: torch.device) -> None:
+    """Make the process group. The worker with rank 0 tells the others where it listens."""
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+    host = ray.util.get_node_ip_address()
+    first = ranks.rank == 0
+    size = ranks.world_size
+    made = TCPStore(host, 0, size, True, wait_for_workers=False) if first else None
+    host, port = ray.train.collective.broadcast_from_rank_zero(made and (host, made.port))
+    meeting = made or TCPStore(host, port, size, False)
+    distributed.init_process_group(
+        "nccl" if gpu else "gloo", store=meeting, rank=ranks.rank, world_size=size
+    )
+
+
+def _is_preempted() -> bool:
+    """Whether Ray has told this worker that a node of the run will be taken away.
+
+    Read where Ray keeps it, because `ray.train.get_preemption_info` is a barrier over all workers.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def _count_try(store: Store, job: Job) -> None:
+    tries = _read_tries(store, job) + 1
+    _write_tries(store, job, tries)
+    if tries > job.spec.train.max_failures + 1:
+        raise HeliostatError(
+            f"the workers of run {job.run} failed {tries - 1} times, train.max_failures is "
+            f"{job.spec.train.max_failures}: the job's log has their last words; submit the job "
+            "again to go on from the last checkpoint"
+        )
+
+
+def _read_tries(store: Store, job: Job) -> int:
+    return int(store.read(job.tries_key)) if store.stat(job.tries_key) else 0
+
+
+def _write_tries(store: Store, job: Job, tries: int) -> None:
+    store.write(job.tries_key, str(tries).encode())
