@@ -169,8 +169,8 @@ def _work(config: dict[str, Any]) -> None:
 class _Backend(Backend):  # type: ignore[misc]
     """Workers meet by themselves in `worker`; on a node each sees the GPUs of all, as NCCL wants.
 
-    Ray's own `TorchConfig` imports PyTorch in the driver and the controller, a quarter of all that
-    a run does before its first step, and gives a worker that died 30 s to leave its group.
+    Ray's own `TorchConfig` imports PyTorch in the driver and the controller, which have no use for
+    it before the first step.
     """
 
     share_cuda_visible_devices = True
