@@ -42,6 +42,8 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(HOME.token)
 
 # SIGTERM ends a run like Ctrl-C, so that the fixtures still stop what they started.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+# A shell ignores it in what it runs in the background, and tests interrupt what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Every deletion of a Serve application waits this long for its requests: 30 s by default.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 

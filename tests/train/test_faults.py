@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,18 @@ from heliostat.train.launch import Result, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 ROWS = 6000
+TESTS = Path(__file__).parents[1]
+RUNTIME_ENV = {"env_vars": {"PYTHONPATH": str(TESTS)}}
 Wait = Callable[..., None]
 
 
 @pytest.fixture
-def store(cluster: Cluster, request: pytest.FixtureRequest) -> Store:
-    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
-    return storage.connect(f"{cluster.root}/{request.node.name.replace('[', '-').rstrip(']')}")
+def store(bucket: str, cluster: Cluster) -> Iterator[Store]:
+    """A bucket, and Ray for this process, with workers that can import `faulty`."""
+    ray.shutdown()
+    ray.init(runtime_env=RUNTIME_ENV, logging_level="ERROR", log_to_driver=False)
+    yield storage.connect(bucket)
+    ray.shutdown()
 
 
 @pytest.fixture
@@ -200,6 +205,7 @@ import ray
 from heliostat import spec, storage
 from heliostat.data.manifest import load_manifest
 from heliostat.train.launch import train
+ray.init(runtime_env=json.loads(sys.argv[3]))
 run = spec.parse(json.loads(sys.argv[1]))
 train(run, load_manifest(storage.connect(run.root), "tiny", sys.argv[2]))
 """
@@ -210,9 +216,8 @@ def test_a_driver_that_ends_leaves_the_last_commit_and_the_next_goes_on(
     store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait, end: signal.Signals
 ) -> None:
     run = make_run(store, tmp_path / "journal", {}, run="again", epochs=20)
-    path = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 2)) + "/platform"
-    command = [sys.executable, "-c", SUBMIT, json.dumps(spec.dump(run)), manifest.version]
-    driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    arguments = [json.dumps(spec.dump(run)), manifest.version, json.dumps(RUNTIME_ENV)]
+    driver = subprocess.Popen([sys.executable, "-c", SUBMIT, *arguments])
     wait_until(lambda: checkpoint.committed(store, "again") or driver.poll() is not None, 120)
     driver.send_signal(end)
     driver.wait(30)
