@@ -2,16 +2,19 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-faults test-gpu check fix render clean
+.PHONY: demo test test-faults test-soak test-gpu check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not faults and not gpu"
+	$(BIN)/python -m pytest -m "not faults and not gpu and not soak"
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults
+
+test-soak: $(READY)
+	$(BIN)/python -m pytest -m soak
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -27,7 +27,7 @@ from heliostat.storage import Store
 from heliostat.train import checkpoint
 from heliostat.train.launch import Result, train
 
-pytestmark = [pytest.mark.cluster, pytest.mark.faults]
+pytestmark = pytest.mark.cluster
 ROWS = 6000
 TESTS = Path(__file__).parents[1]
 RUNTIME_ENV = {"env_vars": {"PYTHONPATH": str(TESTS)}}
@@ -82,6 +82,7 @@ def count_passes(journal: Path) -> int:
     return len(path.read_text().split()) if path.exists() else 0
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "repeated"),
     [
@@ -104,6 +105,7 @@ def test_what_happens_to_a_rank_costs_no_step(
     assert 300 <= count_passes(journal) <= 300 + repeated + 1
 
 
+@pytest.mark.soak
 def test_a_killed_controller_ends_in_a_sentence_and_the_next_try_goes_on(
     store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait
 ) -> None:
@@ -121,6 +123,7 @@ def test_a_killed_controller_ends_in_a_sentence_and_the_next_try_goes_on(
     np.testing.assert_array_equal(weights(result), weights(calm))
 
 
+@pytest.mark.soak
 def test_a_second_live_writer_is_refused_by_the_name_of_the_first(
     store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait
 ) -> None:
@@ -135,6 +138,7 @@ def test_a_second_live_writer_is_refused_by_the_name_of_the_first(
         assert pending.result().step == 300
 
 
+@pytest.mark.soak
 def test_a_run_shrinks_when_a_node_dies_and_grows_when_one_comes(
     store: Store,
     manifest: Manifest,
@@ -160,6 +164,7 @@ def test_a_run_shrinks_when_a_node_dies_and_grows_when_one_comes(
     np.testing.assert_allclose(weights(result), weights(calm), atol=1e-6)
 
 
+@pytest.mark.soak
 def test_a_notice_is_answered_with_a_checkpoint_and_loses_nothing(
     store: Store,
     manifest: Manifest,
@@ -211,6 +216,7 @@ train(run, load_manifest(storage.connect(run.root), "tiny", sys.argv[2]))
 """
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_driver_that_ends_leaves_the_last_commit_and_the_next_goes_on(
     store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait, end: signal.Signals
