@@ -10,9 +10,8 @@ python jobs/benchmark.py train only=steps repeats=1
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -20,13 +19,13 @@ import torch
 from heliostat.benchmark import data, gpu, train
 from heliostat.errors import HeliostatError
 from heliostat.job import run
+from heliostat.spec import Positive, Section, parse_options
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Section):
     root: str = "s3://heliostat"
-    repeats: int = 3
-    only: str | None = None
+    repeats: Positive = 3
+    only: Literal["steps", "submit", "kill"] | None = None
 
 
 def measure_data(options: Options) -> dict[str, Any]:
@@ -52,8 +51,6 @@ def measure_data(options: Options) -> dict[str, Any]:
 
 
 def measure_train(options: Options) -> dict[str, Any]:
-    if options.only not in (None, *train.PARTS):
-        raise HeliostatError(f"only={options.only} is no part: use {', '.join(train.PARTS)}")
     found = train.measure(options.root, options.repeats, options.only, partial(print, flush=True))
     for figure, peers in found.items():
         ours, theirs = peers.values()
@@ -74,12 +71,7 @@ BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
 def main(name: str, *overrides: str) -> None:
     if name not in BENCHMARKS:
         raise HeliostatError(f"{name!r} is no benchmark: use one of {', '.join(BENCHMARKS)}")
-    given = dict(override.split("=", 1) for override in overrides)
-    options = Options(
-        given.get("root", Options.root),
-        int(given.get("repeats", Options.repeats)),
-        given.get("only"),
-    )
+    options = parse_options(Options, overrides)
     ray.init(logging_level="ERROR", log_to_driver=False)
     print(json.dumps({"benchmark": name, **BENCHMARKS[name](options)}))
 

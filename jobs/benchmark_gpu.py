@@ -5,16 +5,25 @@ PYTHONPATH=platform python jobs/benchmark_gpu.py micro_batch=8 global_batch=32 s
 """
 
 import json
+from typing import Literal
 
 from heliostat.benchmark import gpu
 from heliostat.job import run
+from heliostat.spec import Positive, Section, parse_options
+
+
+class Options(Section):
+    steps: Positive = gpu.STEPS
+    micro_batch: Positive | Literal["auto"] | None = gpu.TRAIN.micro_batch
+    global_batch: Positive = gpu.TRAIN.global_batch
 
 
 def main(*overrides: str) -> None:
-    given = {key: int(value) for key, value in (each.split("=", 1) for each in overrides)}
-    steps = given.pop("steps", gpu.STEPS)
-    train = gpu.TRAIN.model_validate(gpu.TRAIN.model_dump() | given)
-    print(json.dumps(gpu.describe(gpu.measure(train=train, steps=steps))))
+    options = parse_options(Options, overrides)
+    train = gpu.TRAIN.model_copy(
+        update={"micro_batch": options.micro_batch, "global_batch": options.global_batch}
+    )
+    print(json.dumps(gpu.describe(gpu.measure(train=train, steps=options.steps))))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
     python jobs/synthesize.py jobs/specs/regression_mlp.yaml data.synthetic.rows=1000
 """
 
-from heliostat import spec, storage
+from heliostat import spec
 from heliostat.data.synthetic import synthesize
 from heliostat.job import run
 
 
 def main(path: str, *overrides: str) -> None:
     wanted = spec.load(path, overrides)
-    storage.probe(storage.connect(wanted.root))
     written = synthesize(wanted.data)
     print(f"{len(written):,} objects written")
     print(wanted.data.source)

@@ -324,3 +324,13 @@ def test_a_digest_ignores_the_order_of_keys(values: dict[str, Any]) -> None:
 
 def test_a_digest_takes_any_text() -> None:
     assert spec.digest("\ud800") != spec.digest("\ud801")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("seed=x", "seed: should be a valid"), ("sed=1", "sed: unknown key"), ("seed", "key=value")],
+)
+def test_options_alone_are_checked_like_a_section(override: str, said: str) -> None:
+    assert spec.parse_options(spec.SplitSpec, ("validation=0.2",)).validation == 0.2
+    message = refusal(lambda: spec.parse_options(spec.DataSpec, ("source=a", override)))
+    assert said in message

@@ -37,7 +37,6 @@ from heliostat.train.goodput import STARTUP
 SPEC = "jobs/specs/benchmark.yaml"
 SIDE, CLASSES, ROWS = 28, 10, 32_768
 STEPS, CHECKPOINT_STEPS, MAX_FAILURES = 300, 50, 3
-PARTS = ("steps", "submit", "kill")
 JOB_SECONDS, LOOK_SECONDS = 300.0, 0.1
 
 Say = Callable[[str], None]
@@ -61,7 +60,7 @@ class Peer:
 
 
 def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
-    """Measure `only` one of PARTS, or all; the peers in turn `repeats` times, the best of each.
+    """Measure `only` steps, submit or kill, or all; the peers in turn `repeats` times, the best of each.
 
     All train the same network on the same pictures in two processes of one thread each. A peer
     that fails is None and says why.

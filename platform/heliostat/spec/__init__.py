@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError, field_validator
@@ -66,6 +66,7 @@ __all__ = [
     "dump",
     "load",
     "parse",
+    "parse_options",
     "reference",
 ]
 
@@ -74,6 +75,9 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 MAX_SENTENCES = 5
 
 # Strict, because Python would take true for the number 1.
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class EvaluateSpec(Section):
@@ -164,8 +168,24 @@ def parse(document: dict[str, Any], origin: str = "the spec") -> RunSpec:
     Raises:
         HeliostatError: a key is unknown, missing or out of range.
     """
+    return _check(RunSpec, document, origin)
+
+
+def parse_options(kind: type[AnySection], overrides: tuple[str, ...]) -> AnySection:
+    """A section of its own, from `key=value` alone.
+
+    Raises:
+        HeliostatError: a key is unknown or out of range.
+    """
+    document: dict[str, Any] = {}
+    for override in overrides:
+        _apply(document, override)
+    return _check(kind, document, "the command line")
+
+
+def _check(kind: type[AnySection], document: dict[str, Any], origin: str) -> AnySection:
     try:
-        return RunSpec.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
         errors = error.errors()
         told = "; ".join(map(_sentence, errors[:MAX_SENTENCES]))
