@@ -60,7 +60,7 @@ class Peer:
 
 
 def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
-    """Measure `only` steps, submit or kill, or all: peers in turn `repeats` times, the best of each.
+    """Measure `only` steps, submit or kill, or all; peers in turn, the best of `repeats`.
 
     All train the same network on the same pictures in two processes of one thread each. A peer
     that fails is None and says why.
