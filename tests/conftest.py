@@ -69,6 +69,9 @@ def s3(home: Home) -> Iterator[local.Cluster]:
 def cluster(home: Home, s3: local.Cluster) -> Iterator[local.Cluster]:
     """A whole laptop cluster on the server of `s3`; this process's environment points at it."""
     yield from _enter(local.start(home, report=print))
+    import ray  # reads this process's environment
+
+    ray.shutdown()  # a driver whose raylet goes ends its own process
 
 
 @pytest.fixture

@@ -12,21 +12,40 @@ from torch import Tensor, distributed, nn
 from heliostat.signature import Signature
 
 
-def kill() -> None:
+def kill(journal: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hang() -> None:
+def hang(journal: Path) -> None:
     time.sleep(10_000)
 
 
-ACTS: dict[str, Callable[[], None]] = {"kill": kill, "hang": hang, "nothing": lambda: None}
+def pause(journal: Path) -> None:
+    """Until a test makes the file `go`."""
+    while not (journal / "go").exists():
+        time.sleep(0.05)
+
+
+def exhaust(journal: Path) -> None:
+    """Ask for more memory than there is, in every life of the run."""
+    (journal / "done").unlink()
+    torch.empty(2**55)
+
+
+ACTS: dict[str, Callable[[Path], None]] = {
+    "kill": kill,
+    "hang": hang,
+    "pause": pause,
+    "exhaust": exhaust,
+    "nothing": lambda journal: None,
+}
 
 
 class Faulty(nn.Module):
     """Two layers; the forward pass number `step` of `rank` does `act`, unless it was done before.
 
-    Each pass of rank 0 leaves a line in `journal`, so that a test knows how far the run is.
+    Each pass of rank 0 leaves a line in `journal`, its number and that of the ranks, so that a test
+    knows how far the run is.
     """
 
     def __init__(self, pixels: int, act: str, rank: int, step: int, journal: str) -> None:
@@ -45,11 +64,12 @@ class Faulty(nn.Module):
     def _misbehave(self, rank: int) -> None:
         if rank == 0:
             with (self.journal / "passes").open("a") as file:
-                file.write(f"{self.passes}\n")
+                ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+                file.write(f"{self.passes} {ranks}\n")
         done = self.journal / "done"
         if rank == self.rank and self.passes == self.step and not done.exists():
             done.touch()
-            self.act()
+            self.act(self.journal)
 
 
 def build(signature: Signature, **options: object) -> nn.Module:

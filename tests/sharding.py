@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import connect
-from heliostat.train import checkpoint, sharded
+from heliostat.train import checkpoint
+from heliostat.train.reader import read_newest
 from heliostat.train.state import State, name_tensors
+from heliostat.train.writer import Writer
 
 RUN = "digits-1"
 T = TypeVar("T")
@@ -66,7 +68,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def save(root: str, state: State, *steps: int) -> None:
-    writer = sharded.Writer(connect(root), RUN, keep=9)
+    writer = Writer(connect(root), RUN, keep=9)
     for step in steps:
         writer.begin(step, state, {"epoch": step})
     writer.finish()
@@ -113,7 +115,7 @@ def load_on_ranks(
 ) -> dict[str, Tensor]:
     with joined(place, rank, world_size):
         state = make_state(1, wrap)
-        assert sharded.read_newest(connect(root), RUN, state) is not None
+        assert read_newest(connect(root), RUN, state) is not None
         return whole(state)
 
 
@@ -129,7 +131,7 @@ def load_damaged(place: str, rank: int, world_size: int, root: str, name: str) -
             newest = checkpoint.committed(connect(root), RUN)[0]
             flip(Path(root, newest, name), -1)
         distributed.barrier()
-        restored = sharded.read_newest(connect(root), RUN, make_state(1, "fsdp"), said.append)
+        restored = read_newest(connect(root), RUN, make_state(1, "fsdp"), said.append)
     assert restored is not None
     return restored.step, " ".join(said)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from heliostat.data.prepare import FORMS
+from heliostat.data.pipeline import FORMS
 from heliostat.data.raw import Survey, find_source
 from heliostat.spec import DataSpec
 

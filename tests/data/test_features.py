@@ -11,20 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from heliostat.data.encoding import encode
 from heliostat.data.features import (
     CategoryColumn,
     Features,
-    FieldError,
     ImageFeatures,
     NumericColumn,
     TableFeatures,
-    decode_image,
-    encode,
     features_from_json,
     features_to_json,
     input_of,
-    parse_instances,
 )
+from heliostat.data.instances import FieldError, parse_instances
+from heliostat.data.pixels import decode_image
 from heliostat.signature import Picture, Vector
 
 GREY = ImageFeatures(2, 3, 1, (0.25,), (0.5,))

@@ -13,17 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heliostat.data import measure as measuring
+from heliostat.data.encoding import encode
 from heliostat.data.features import (
-    FieldError,
     IdColumn,
     NumericColumn,
     TableFeatures,
-    encode,
     features_from_json,
     features_to_json,
     input_of,
-    parse_instances,
 )
+from heliostat.data.instances import FieldError, parse_instances
 from heliostat.data.measure import measure, settle_features
 from heliostat.data.raw import TableLayout
 from heliostat.data.shards import to_columns

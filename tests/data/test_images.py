@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from heliostat.data.features import decode_image
+from heliostat.data.pixels import decode_image
 from heliostat.data.raw import ImageLayout
 from heliostat.errors import HeliostatError
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from heliostat.data.encoding import encode
 from heliostat.data.features import (
     CategoryColumn,
     Features,
     ImageFeatures,
     NumericColumn,
     TableFeatures,
-    encode,
 )
 from heliostat.data.measure import measure, settle_features
 from heliostat.data.raw import ImageLayout, Layout, TableLayout

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 
 from datasets import unpack
-from heliostat.data.features import CategoryColumn, NumericColumn, encode, parse_instances
+from heliostat.data.encoding import encode
+from heliostat.data.features import CategoryColumn, NumericColumn
+from heliostat.data.instances import parse_instances
 from heliostat.data.manifest import Manifest, Shard, check_shards, load_manifest
 from heliostat.data.prepare import prepare, require_prepared, summarise
 from heliostat.data.shards import order_of, read_group, split_of, to_columns, write_shard

@@ -13,14 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.data.features import (
-    NumericColumn,
-    TableFeatures,
-    encode,
-    encode_targets,
-    input_of,
-    parse_instances,
-)
+from heliostat.data.encoding import encode, encode_targets
+from heliostat.data.features import NumericColumn, TableFeatures, input_of
+from heliostat.data.instances import parse_instances
 from heliostat.data.manifest import load_manifest
 from heliostat.data.measure import measure, measure_numbers, settle_features, settle_numbers
 from heliostat.data.prepare import prepare, summarise

@@ -13,16 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.data.features import (
-    FieldError,
-    SeriesFeatures,
-    encode,
-    features_from_json,
-    features_to_json,
-    input_of,
-    parse_instances,
-    stack_series,
-)
+from heliostat.data.encoding import encode, stack_series
+from heliostat.data.features import SeriesFeatures, features_from_json, features_to_json, input_of
+from heliostat.data.instances import FieldError, parse_instances
 from heliostat.data.measure import measure, settle_features
 from heliostat.data.raw import SeriesLayout
 from heliostat.data.shards import series_values, to_columns, write_shard

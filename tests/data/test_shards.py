@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import store_images
-from heliostat.data.features import CategoryColumn, NumericColumn, TableFeatures, encode
+from garbling import GarblingStore
+from heliostat.data.encoding import encode
+from heliostat.data.features import CategoryColumn, NumericColumn, TableFeatures
 from heliostat.data.manifest import Manifest, Shard, check_shards
 from heliostat.data.shards import (
     REJECTED,
@@ -142,6 +144,13 @@ def test_a_flipped_byte_is_refused_by_the_name_of_its_part(
         with pytest.raises(HeliostatError, match=f"row group 1 of .*{shard.key}"):
             read_group(store, shard, 1)
     assert read_group(store, shard, 0).num_rows == 40
+
+
+def test_what_the_network_garbles_is_read_again(store: Store, manifest: Manifest) -> None:
+    garbling = GarblingStore(store.uri)
+    for index in range(3):
+        assert read_group(garbling, manifest.shards[0], index).num_rows in (40, 20)
+    assert len(garbling.seen) == 4  # the footer and three row groups
 
 
 def test_stock_pyarrow_returns_a_wrong_value_where_we_refuse(store: Store) -> None:

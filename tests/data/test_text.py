@@ -20,17 +20,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from heliostat.data import text
+from heliostat.data.encoding import encode, encode_targets
 from heliostat.data.features import (
     BlockFeatures,
-    FieldError,
     TextFeatures,
-    encode,
-    encode_targets,
     features_from_json,
     features_to_json,
     input_of,
-    parse_instances,
 )
+from heliostat.data.instances import FieldError, parse_instances
 from heliostat.data.manifest import load_manifest
 from heliostat.data.measure import measure, settle_features, unigram_nats
 from heliostat.data.prepare import prepare, require_prepared, summarise

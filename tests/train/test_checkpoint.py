@@ -18,11 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from garbling import GarblingStore
 from heliostat.errors import HeliostatError
 from heliostat.storage import LocalStore, Store, connect
-from heliostat.train import checkpoint, lease, sharded
+from heliostat.train import checkpoint, lease
 from heliostat.train.checkpoint import Best, Found
+from heliostat.train.reader import read_newest, read_weights
 from heliostat.train.state import State, name_tensors
+from heliostat.train.writer import Writer
 from sharding import RUN, empty, flip, make_state, remove, same, save, train, truncate, whole
 
 FILE = "rank-00000-000.safetensors"
@@ -54,7 +57,7 @@ def state() -> State:
 
 
 def newest_step(store: Store, warn: Callable[[str], None] = lambda _: None) -> int | None:
-    found = sharded.read_newest(store, RUN, make_state(1), warn)
+    found = read_newest(store, RUN, make_state(1), warn)
     return found.step if found else None
 
 
@@ -64,9 +67,9 @@ def left_of(store: Store) -> set[str]:
 
 def test_the_newest_committed_checkpoint_is_found_whole(root: str, state: State) -> None:
     store, fresh = connect(root), make_state(1)
-    assert sharded.read_newest(store, RUN, fresh) is None
+    assert read_newest(store, RUN, fresh) is None
     save(root, state, 100, 900, 1000)
-    found = sharded.read_newest(store, RUN, fresh)
+    found = read_newest(store, RUN, fresh)
     assert found is not None
     assert (found.step, found.extra) == (1000, {"epoch": 1000})
     assert same(whole(fresh), whole(state))
@@ -80,9 +83,19 @@ def test_a_resumed_run_equals_an_undisturbed_one(root: str, kind: str) -> None:
     train(undisturbed, range(2, 5))
     resumed = make_state(1, optimizer=OPTIMIZERS[kind])
     train(resumed, range(1))
-    sharded.read_newest(connect(root), RUN, resumed)
+    read_newest(connect(root), RUN, resumed)
     train(resumed, range(2, 5))
     assert same(whole(resumed), whole(undisturbed))
+
+
+def test_what_the_network_garbles_is_read_again(store: Store, state: State) -> None:
+    save(store.uri, state, 2)
+    fresh = make_state(1)
+    garbling = GarblingStore(store.uri)
+    found = read_newest(garbling, RUN, fresh, warn=pytest.fail)
+    assert garbling.seen
+    assert found is not None
+    assert same(whole(fresh), whole(state))
 
 
 class Killed(Exception):
@@ -117,15 +130,15 @@ def test_whenever_a_writer_is_killed_a_whole_checkpoint_is_found(
     root: str, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every write and deletion of a save with retention, until one is reached that lives."""
-    monkeypatch.setattr(sharded, "FILE_BYTES", 100)
+    monkeypatch.setattr("heliostat.train.writer.FILE_BYTES", 100)
     before = make_state(3)
     for last in count():
         run = f"run-{last}"
         for step in (1, 2):
-            writer = sharded.Writer(connect(root), run, keep=2)
+            writer = Writer(connect(root), run, keep=2)
             writer.begin(step, before, {})
             writer.finish()
-        dying = sharded.Writer(Dying(root, last, count()), run, keep=1)
+        dying = Writer(Dying(root, last, count()), run, keep=1)
         dying.begin(3, state, {})
         try:
             dying.finish()
@@ -134,7 +147,7 @@ def test_whenever_a_writer_is_killed_a_whole_checkpoint_is_found(
         else:
             break
         fresh = make_state(1)
-        found = sharded.read_newest(connect(root), run, fresh, warn=pytest.fail)
+        found = read_newest(connect(root), run, fresh, warn=pytest.fail)
         assert found is not None
         assert same(whole(fresh), whole(before if found.step == 2 else state))
     assert last > 15
@@ -154,7 +167,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
     gone = name == "COMMITTED" and damage is remove
     assert len(warnings) == (0 if gone else 1)
     assert all(newest in warning for warning in warnings)
-    weights = sharded.read_newest_weights(connect(root), RUN)
+    weights = read_weights(connect(root), checkpoint.committed(connect(root), RUN)[0])
     assert weights is not None
     assert (weights.step == 2) <= (name == FILE)
 
@@ -180,7 +193,7 @@ def test_a_state_is_not_touched_by_a_checkpoint_that_does_not_verify(
     flip(next(Path(root).rglob(FILE)))
     fresh = make_state(1)
     before = whole(fresh)
-    assert sharded.read_newest(connect(root), RUN, fresh) is None
+    assert read_newest(connect(root), RUN, fresh) is None
     assert same(whole(fresh), before)
 
 
@@ -202,7 +215,7 @@ def test_what_is_written_is_the_state_of_when_it_began(root: str, state: State) 
             assert trained.wait(20)
             return super().write(key, data)
 
-    writer = sharded.Writer(Slow(root), RUN, keep=2)
+    writer = Writer(Slow(root), RUN, keep=2)
     writer.begin(2, state, {})
     train(state, range(2, 4))
     trained.set()
@@ -210,7 +223,7 @@ def test_what_is_written_is_the_state_of_when_it_began(root: str, state: State) 
     assert writer.saved is not None
     assert writer.saved.step == 2
     fresh = make_state(1)
-    sharded.read_newest(connect(root), RUN, fresh)
+    read_newest(connect(root), RUN, fresh)
     assert same(whole(fresh), taken)
     assert not same(whole(fresh), whole(state))
 
@@ -226,7 +239,7 @@ def test_a_writer_that_another_has_followed_commits_nothing(root: str, state: St
     store = connect(root)
     old, new = lease.raise_fence(store, RUN), lease.raise_fence(store, RUN)
     for fence in (new, old):
-        writer = sharded.Writer(store, RUN, keep=9, fence=fence)
+        writer = Writer(store, RUN, keep=9, fence=fence)
         writer.begin(fence.number, state, {})
         if fence is old:
             with pytest.raises(HeliostatError, match="later writer"):
@@ -242,7 +255,7 @@ def test_weights_that_are_not_finite_are_never_written(
     save(root, state, 1)
     with torch.no_grad():
         list(state.model.parameters())[-1][1] = value
-    writer = sharded.Writer(connect(root), RUN, keep=2)
+    writer = Writer(connect(root), RUN, keep=2)
     writer.begin(2, state, {})
     with pytest.raises(HeliostatError, match=r"model/2.bias has values .* not finite after step 2"):
         writer.begin(3, state, {})
@@ -265,7 +278,7 @@ def full_disk(limit_bytes: int) -> Iterator[None]:
 def test_a_full_disk_is_named_and_a_later_save_succeeds(root: str, store: Store) -> None:
     model = nn.Linear(1000, 1000)
     large = State(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    writer = sharded.Writer(store, RUN, keep=2)
+    writer = Writer(store, RUN, keep=2)
     writer.begin(1, large, {})
     writer.finish()
     before = checkpoint.committed(store, RUN)
@@ -286,14 +299,14 @@ def test_a_model_of_another_shape_is_refused_by_the_name_that_differs(
     model = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 2))
     other = State(model, torch.optim.SGD(model.parameters(), lr=0.1), state.average)
     with pytest.raises(HeliostatError, match=r"model/0.bias is of shape \[6\] in this run and of"):
-        sharded.read_newest(connect(root), RUN, other)
+        read_newest(connect(root), RUN, other)
 
 
 def test_the_weights_to_publish_are_the_averages_beside_the_buffers(
     root: str, state: State
 ) -> None:
     save(root, state, 1)
-    weights = sharded.read_newest_weights(connect(root), RUN)
+    weights = read_weights(connect(root), checkpoint.committed(connect(root), RUN)[0])
     assert weights is not None
     assert same(weights.tensors, {**state.model.state_dict(), **state.average})
     state.model.load_state_dict(safetensors.torch.load(safetensors.torch.save(weights.tensors)))
@@ -351,7 +364,7 @@ def test_retention_deletes_older_steps_and_leftovers_but_not_the_best(
     root: str, state: State
 ) -> None:
     store = connect(root)
-    writer = sharded.Writer(store, RUN, keep=2, best="lower")
+    writer = Writer(store, RUN, keep=2, best="lower")
     metrics = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.4}
     for step, metric in metrics.items():
         if step == 4:
@@ -377,26 +390,26 @@ def test_a_real_bucket_holds_checkpoints_leases_and_fences(bucket: str, state: S
     for _ in range(2):
         with lease.hold(store, RUN):
             fence = lease.raise_fence(store, RUN)
-            writer = sharded.Writer(store, RUN, keep=1, fence=fence)
+            writer = Writer(store, RUN, keep=1, fence=fence)
             writer.begin(fence.number, state, {})
             writer.finish()
     assert [found.step for found in checkpoint.find(store, RUN)] == [2]
-    assert sharded.read_newest(store, RUN, fresh) is not None
+    assert read_newest(store, RUN, fresh) is not None
     assert same(whole(fresh), whole(state))
 
 
 def test_runs_do_not_see_each_other(root: str, state: State) -> None:
     save(root, state, 1)
-    assert sharded.read_newest(connect(root), RUN + "0", make_state(1)) is None
-    assert sharded.read_newest(connect(root), RUN[:-1], make_state(1)) is None
+    assert read_newest(connect(root), RUN + "0", make_state(1)) is None
+    assert read_newest(connect(root), RUN[:-1], make_state(1)) is None
 
 
 def test_extra_is_taken_when_it_begins(root: str, state: State) -> None:
     extra: dict[str, Any] = {"data": {"version": "abc", "seed": 1}, "best": None}
-    writer = sharded.Writer(connect(root), RUN, keep=2)
+    writer = Writer(connect(root), RUN, keep=2)
     writer.begin(1, state, extra)
     extra["data"]["seed"] = 2
     writer.finish()
-    found = sharded.read_newest(connect(root), RUN, make_state(1))
+    found = read_newest(connect(root), RUN, make_state(1))
     assert found is not None
     assert found.extra == {"data": {"version": "abc", "seed": 1}, "best": None}

@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +15,8 @@ import psutil
 import pytest
 import ray
 import safetensors.numpy
+from numpy.typing import NDArray
+from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 from datasets import store_images
@@ -34,17 +36,36 @@ RUNTIME_ENV = {"env_vars": {"PYTHONPATH": str(TESTS)}}
 Wait = Callable[..., None]
 
 
-@pytest.fixture
-def store(bucket: str, cluster: Cluster) -> Iterator[Store]:
-    """A bucket, and Ray for this process, with workers that can import `faulty`."""
+@pytest.fixture(scope="module")
+def connected(cluster: Cluster) -> Iterator[Cluster]:
+    """Ray for this process, with workers that can import `faulty`."""
     ray.shutdown()
     ray.init(runtime_env=RUNTIME_ENV, logging_level="ERROR", log_to_driver=False)
-    yield storage.connect(bucket)
+    yield cluster
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def calm(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float32]:
+    """The weights of a run that nothing disturbs."""
+    store = storage.connect(f"{connected.root}/calm")
+    run = make_run(store, tmp_path_factory.mktemp("calm"), {}, run="calm")
+    result = train(run, make_data(store))
+    assert result.step == 300
+    return weights(result)
+
+
+@pytest.fixture
+def store(bucket: str, connected: Cluster) -> Store:
+    return storage.connect(bucket)
 
 
 @pytest.fixture
 def manifest(store: Store) -> Manifest:
+    return make_data(store)
+
+
+def make_data(store: Store) -> Manifest:
     manifest = store_images(store, {"train": ROWS, "validation": 50})
     key = data_key(manifest.name, manifest.version, "manifest.json")
     store.write(key, json.dumps(manifest.to_json()).encode())
@@ -67,7 +88,7 @@ def make_run(store: Store, journal: Path, fault: dict[str, Any], **section: Any)
     )
 
 
-def weights(result: Result) -> np.ndarray:
+def weights(result: Result) -> NDArray[np.float32]:
     tensors = safetensors.numpy.load(result.weights)
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
@@ -79,7 +100,12 @@ def find_actor(name: str) -> psutil.Process:
 
 def count_passes(journal: Path) -> int:
     path = journal / "passes"
-    return len(path.read_text().split()) if path.exists() else 0
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def count_ranks(journal: Path) -> int:
+    """How many ranks the last pass had."""
+    return int((journal / "passes").read_text().split()[-1])
 
 
 @pytest.mark.faults
@@ -94,22 +120,25 @@ def count_passes(journal: Path) -> int:
     ],
 )
 def test_what_happens_to_a_rank_costs_no_step(
-    store: Store, manifest: Manifest, tmp_path: Path, fault: dict[str, Any], repeated: int
+    store: Store,
+    manifest: Manifest,
+    calm: NDArray[np.float32],
+    tmp_path: Path,
+    fault: dict[str, Any],
+    repeated: int,
 ) -> None:
-    calm = train(make_run(store, tmp_path / "calm", {}, run="calm"), manifest)
     journal = tmp_path / "journal"
     result = train(make_run(store, journal, fault, run="hurt", hang_seconds=40.0), manifest)
     assert (journal / "done").exists()
-    assert result.step == calm.step == 300
-    np.testing.assert_array_equal(weights(result), weights(calm))
+    assert result.step == 300
+    np.testing.assert_array_equal(weights(result), calm)
     assert 300 <= count_passes(journal) <= 300 + repeated + 1
 
 
 @pytest.mark.soak
 def test_a_killed_controller_ends_in_a_sentence_and_the_next_try_goes_on(
-    store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait
+    store: Store, manifest: Manifest, calm: NDArray[np.float32], tmp_path: Path, wait_until: Wait
 ) -> None:
-    calm = train(make_run(store, tmp_path / "calm", {}, run="calm"), manifest)
     journal = tmp_path / "journal"
     run = make_run(store, journal, {}, run="hurt")
     with ThreadPoolExecutor(1) as thread:
@@ -120,7 +149,7 @@ def test_a_killed_controller_ends_in_a_sentence_and_the_next_try_goes_on(
             result = pending.result(timeout=120)
         except HeliostatError:
             result = train(run, manifest)
-    np.testing.assert_array_equal(weights(result), weights(calm))
+    np.testing.assert_array_equal(weights(result), calm)
 
 
 @pytest.mark.soak
@@ -139,29 +168,76 @@ def test_a_second_live_writer_is_refused_by_the_name_of_the_first(
 
 
 @pytest.mark.soak
-def test_a_run_shrinks_when_a_node_dies_and_grows_when_one_comes(
+@pytest.mark.parametrize("hangs", [False, True], ids=["a node that dies", "a node that hangs"])
+def test_a_run_shrinks_when_a_node_goes(
     store: Store,
     manifest: Manifest,
+    calm: NDArray[np.float32],
     tmp_path: Path,
     wait_until: Wait,
     join_node: Callable[[int], str],
+    hangs: bool,
 ) -> None:
-    calm = train(make_run(store, tmp_path / "calm", {}, run="calm"), manifest)
     cpus = int(ray.cluster_resources()["CPU"])
     marker = join_node(cpus)
     wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus, 60)
     journal = tmp_path / "journal"
     # A worker takes more than half of a node, so that each node has one.
-    section = {"workers": [1, 2], "cpus_per_worker": cpus - 1, "epochs": 2}
-    run = make_run(store, journal, {}, run="hurt", **section)
+    section = {"workers": [1, 2], "cpus_per_worker": cpus - 1}
+    run = make_run(store, journal, {"act": "pause", "step": 120}, run="hurt", **section)
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(train, run, manifest)
-        wait_until(lambda: checkpoint.committed(store, "hurt") or pending.done(), 120)
-        assert not pending.done()
-        processes.end(marker, grace_seconds=0)
+        wait_until(lambda: (journal / "done").exists() or pending.done(), 120)
+        assert count_ranks(journal) == 2
+        stopped = processes.find(marker)
+        if hangs:
+            for process in stopped:
+                process.suspend()
+        else:
+            processes.end(marker, grace_seconds=0)
+        (journal / "go").touch()
+        result = pending.result()
+    kept = checkpoint.find(store, "hurt")
+    for process in stopped if hangs else []:
+        process.resume()
+    assert result.step == 300
+    assert count_ranks(journal) == 1
+    np.testing.assert_allclose(weights(result), calm, atol=1e-6)
+    assert checkpoint.find(store, "hurt") == kept
+
+
+@pytest.mark.soak
+def test_a_run_grows_when_a_node_comes_and_that_is_no_failure(
+    store: Store,
+    manifest: Manifest,
+    calm: NDArray[np.float32],
+    tmp_path: Path,
+    wait_until: Wait,
+    join_node: Callable[[int], str],
+) -> None:
+    cpus = int(ray.cluster_resources()["CPU"])
+    journal = tmp_path / "journal"
+    section = {"workers": [1, 2], "cpus_per_worker": cpus - 1, "max_failures": 0}
+    run = make_run(store, journal, {"act": "pause", "step": 120}, run="grown", **section)
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(train, run, manifest)
+        wait_until(lambda: (journal / "done").exists() or pending.done(), 120)
+        assert count_ranks(journal) == 1
+        join_node(cpus)
         result = pending.result()
     assert result.step == 300
-    np.testing.assert_allclose(weights(result), weights(calm), atol=1e-6)
+    assert count_ranks(journal) == 2
+    np.testing.assert_allclose(weights(result), calm, atol=1e-6)
+
+
+@pytest.mark.soak
+def test_a_worker_without_memory_ends_the_run_in_a_sentence(
+    store: Store, manifest: Manifest, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal"
+    run = make_run(store, journal, {"act": "exhaust", "rank": 1}, run="mad", max_failures=2)
+    with pytest.raises(HeliostatError, match=r"run mad failed 3 times, train\.max_failures is 2"):
+        train(run, manifest)
 
 
 @pytest.mark.soak
@@ -204,32 +280,50 @@ def drain(cluster: Cluster, node: str) -> None:
     )
 
 
-SUBMIT = """
+JOB = """
 import json, sys
-import ray
 from heliostat import spec, storage
 from heliostat.data.manifest import load_manifest
 from heliostat.train.launch import train
-ray.init(runtime_env=json.loads(sys.argv[3]))
 run = spec.parse(json.loads(sys.argv[1]))
 train(run, load_manifest(storage.connect(run.root), "tiny", sys.argv[2]))
 """
 
 
+def stop_job(job: str) -> None:
+    JobSubmissionClient().stop_job(job)
+
+
+def kill_supervisor(job: str) -> None:
+    find_actor("JobSupervisor").kill()
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_driver_that_ends_leaves_the_last_commit_and_the_next_goes_on(
-    store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait, end: signal.Signals
+@pytest.mark.parametrize(
+    ("end", "status"), [(stop_job, JobStatus.STOPPED), (kill_supervisor, JobStatus.FAILED)]
+)
+def test_a_job_that_ends_leaves_the_last_commit_and_the_next_goes_on(
+    store: Store,
+    manifest: Manifest,
+    calm: NDArray[np.float32],
+    tmp_path: Path,
+    wait_until: Wait,
+    end: Callable[[str], None],
+    status: JobStatus,
 ) -> None:
-    run = make_run(store, tmp_path / "journal", {}, run="again", epochs=20)
-    arguments = [json.dumps(spec.dump(run)), manifest.version, json.dumps(RUNTIME_ENV)]
-    driver = subprocess.Popen([sys.executable, "-c", SUBMIT, *arguments])
-    wait_until(lambda: checkpoint.committed(store, "again") or driver.poll() is not None, 120)
-    driver.send_signal(end)
-    driver.wait(30)
-    kept = checkpoint.find(store, "again")[0]
-    assert kept.step < 3000
+    journal = tmp_path / "journal"
+    run = make_run(store, journal, {"act": "pause", "step": 120}, run="again")
+    command = [sys.executable, "-c", JOB, json.dumps(spec.dump(run)), manifest.version]
+    jobs = JobSubmissionClient()
+    job = jobs.submit_job(entrypoint=shlex.join(command), runtime_env=RUNTIME_ENV)
+    wait_until(lambda: (journal / "done").exists() or jobs.get_job_status(job).is_terminal(), 120)
+    workers = [actor.pid for actor in list_actors(filters=[("class_name", "=", "RayTrainWorker")])]
+    end(job)
+    wait_until(lambda: jobs.get_job_status(job) == status, 60)
+    wait_until(lambda: not any(map(psutil.pid_exists, workers)))
+    kept = checkpoint.find(store, "again")
+    assert 50 <= kept[0].step <= 100
     result = train(run, manifest)
-    assert result.step == 3000
-    passes = count_passes(tmp_path / "journal")
-    assert passes < 3000 + 1000
+    assert result.step == 300
+    assert count_passes(journal) <= 300 + 100
+    np.testing.assert_array_equal(weights(result), calm)

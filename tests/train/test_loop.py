@@ -13,9 +13,11 @@ from heliostat.models import Task, build, task_of
 from heliostat.signature import Classes, Numbers, Output, Signature, Vector
 from heliostat.spec import MlpSpec, OptimizerSpec
 from heliostat.storage import connect
-from heliostat.train import loop, sharded
+from heliostat.train import loop
 from heliostat.train.optim import build_optimizer
+from heliostat.train.reader import read_newest
 from heliostat.train.state import State, name_tensors
+from heliostat.train.writer import Writer
 
 SPEC = MlpSpec(kind="mlp", hidden=(16,), dropout=0.2)
 SIGNATURE = Signature(Vector(6), Classes(("a", "b", "c")))
@@ -70,11 +72,11 @@ def test_a_resumed_run_equals_an_undisturbed_one(optimizer: OptimizerSpec, tmp_p
     first, first_state = make(optimizer)
     list(loop.fit(first, TASK, first_state, batches(range(11)), RECIPE))
     store = connect(str(tmp_path))
-    writer = sharded.Writer(store, "run", keep=2)
+    writer = Writer(store, "run", keep=2)
     writer.begin(11, State(first, first_state), {})
     writer.finish()
     resumed, resumed_state = make(optimizer)
-    found = sharded.read_newest(store, "run", State(resumed, resumed_state))
+    found = read_newest(store, "run", State(resumed, resumed_state))
     assert found is not None
     rest = loop.fit(resumed, TASK, resumed_state, batches(range(11, 20)), RECIPE, first_step=11)
 

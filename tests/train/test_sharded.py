@@ -10,7 +10,7 @@ import pytest
 
 import sharding
 from heliostat.storage import connect
-from heliostat.train import sharded
+from heliostat.train.reader import read_newest
 from sharding import RUN, make_state, same, whole
 
 WRITERS = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp")]
@@ -39,7 +39,7 @@ def test_any_ranks_read_bit_for_bit_what_any_other_wrote(
         for read in sharding.run(pool, sharding.load_on_ranks, place, readers, how, root):
             assert same(read, written), (readers, how)
     alone = make_state(1)
-    assert sharded.read_newest(connect(root), RUN, alone) is not None
+    assert read_newest(connect(root), RUN, alone) is not None
     assert same(whole(alone), written)
 
 

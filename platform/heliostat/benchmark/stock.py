@@ -1,4 +1,4 @@
-"""The peer of a run: Ray Train and Ray Data as their guides say, nothing of the platform's own.
+"""The peer of a run: Ray Train and Ray Data as their guides say, nothing of the platform in it.
 
 ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
     python -m heliostat.benchmark.stock '{...}'
@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import ray.train
 import ray.train.torch
 import torch
 from torch import nn
+
+from heliostat.benchmark.plain import build
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,6 @@ def record(task: Task, ends: list[float]) -> None:
     system.create_dir(f"{folder}/{task.run}-steps")
     with system.open_output_stream(f"{folder}/{task.run}-steps/{ends[0]:017.6f}.json") as stream:
         stream.write(json.dumps(ends).encode())
-
-
-def build(widths: list[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width_in, width_out in pairwise(widths[:-1]):
-        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from heliostat.data.features import BROKEN_IMAGE, IMAGE, decode_image, fit_image, open_image
+from heliostat.data.features import IMAGE
+from heliostat.data.pixels import BROKEN_IMAGE, decode_image, fit_image, open_image
 from heliostat.data.raw import (
     Form,
     Found,

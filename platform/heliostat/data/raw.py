@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from heliostat.data.features import COLUMN_PREFIX, IMAGE, NUMBERS, SERIES, TEXT, parse_number
+from heliostat.data.cells import parse_number
+from heliostat.data.features import COLUMN_PREFIX, IMAGE, NUMBERS, SERIES, TEXT
 from heliostat.data.shards import is_test_file
 from heliostat.data.tokens import Vocabulary
 from heliostat.errors import HeliostatError

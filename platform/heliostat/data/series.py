@@ -15,13 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from heliostat.data.features import (
-    MAX_FLOAT32,
-    SERIES,
-    clean_text,
-    parse_number,
-    shorten_number,
-)
+from heliostat.data.cells import clean_text, parse_number, shorten_number
+from heliostat.data.features import SERIES
+from heliostat.data.instances import MAX_FLOAT32
 from heliostat.data.raw import (
     SURROGATES,
     Form,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from heliostat.data.encoding import stack_series
 from heliostat.data.features import (
     COLUMN_PREFIX,
     IMAGE,
@@ -24,7 +25,6 @@ from heliostat.data.features import (
     NumericColumn,
     SeriesFeatures,
     TextFeatures,
-    stack_series,
     token_type,
 )
 from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
@@ -204,16 +204,18 @@ def _read_footer(store: Store, key: str, footer: Span) -> pq.FileMetaData:
 
 
 def _read_span(store: Store, key: str, span: Span, part: str) -> bytes:
-    try:
-        data = store.read_range(key, span.offset, span.bytes)
-    except HeliostatError as error:
-        raise HeliostatError(f"{part} of a shard cannot be read: {error}") from error
-    if hashlib.sha256(data).hexdigest() != span.sha256:
-        raise HeliostatError(
-            f"the bytes of {part} of {store.uri}/{key} are not those that were written: "
-            "delete the object and prepare the data again"
-        )
-    return data
+    """What is damaged is read once more: a network may garble what the bucket keeps well."""
+    for _ in range(2):
+        try:
+            data = store.read_range(key, span.offset, span.bytes)
+        except HeliostatError as error:
+            raise HeliostatError(f"{part} of a shard cannot be read: {error}") from error
+        if hashlib.sha256(data).hexdigest() == span.sha256:
+            return data
+    raise HeliostatError(
+        f"the bytes of {part} of {store.uri}/{key} are not those that were written: "
+        "delete the object and prepare the data again"
+    )
 
 
 def _cut(data: bytes, first: int, offset: int, count: int) -> memoryview:

@@ -16,15 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from heliostat.data.features import (
-    COLUMN_PREFIX,
-    MAX_NUMBER,
-    NUMBERS,
-    clean_text,
-    parse_number,
-    shorten_number,
-    write_number,
-)
+from heliostat.data.cells import MAX_NUMBER, clean_text, parse_number, shorten_number, write_number
+from heliostat.data.features import COLUMN_PREFIX, NUMBERS
 from heliostat.data.ranged import RangedFile
 from heliostat.data.raw import (
     MAX_LABELS,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.data.features import TEXT, TOKENS, clean_text, token_type
+from heliostat.data.cells import clean_text
+from heliostat.data.features import TEXT, TOKENS, token_type
 from heliostat.data.raw import (
     BROKEN_STREAM,
     MAX_LABELS,

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from heliostat import registry, spec
-from heliostat.data import features as feature
-from heliostat.data.features import TEXT, TOKENS, BlockFeatures, Features, TextFeatures
+from heliostat.data.encoding import encode, encode_targets
+from heliostat.data.features import (
+    TEXT,
+    TOKENS,
+    BlockFeatures,
+    Features,
+    TextFeatures,
+    features_from_json,
+    input_of,
+)
 from heliostat.data.tokens import encode_texts, load_tokenizer
 from heliostat.evaluate.scores import (
     ClassCounter,
@@ -51,7 +59,7 @@ def load_predictor(store: Store, version: registry.Version) -> Predictor:
             those that were registered.
     """
     model = spec.parse(version.spec, origin=version.ref).model
-    features = feature.features_from_json(version.features)
+    features = features_from_json(version.features)
     weights = registry.load_weights(store, version)
     predictor = make_predictor(model, features, output_from_json(version.output), weights)
     if isinstance(features, TextFeatures):
@@ -63,7 +71,7 @@ def make_predictor(
     model: ModelSpec, features: Features, output: Output, weights: bytes
 ) -> Predictor:
     """The network that `model` describes, with `weights` as safetensors bytes."""
-    signature = Signature(feature.input_of(features), output)
+    signature = Signature(input_of(features), output)
     network = build(model, signature)
     network.load_state_dict(safetensors.torch.load(weights))
     return Predictor(network.eval(), task_of(model, signature), features, output)
@@ -96,7 +104,7 @@ def score(predictor: Predictor, batches: Iterable[Columns]) -> Scores:
     counter = _counter(predictor)
     for columns in _pieces(predictor, batches):
         outputs = _run(predictor, columns).float()
-        targets = torch.from_numpy(feature.encode_targets(predictor.output, dict(columns)))
+        targets = torch.from_numpy(encode_targets(predictor.output, dict(columns)))
         counter.add(outputs, targets, predictor.task.loss(outputs, targets).item())
     return counter.finish()
 
@@ -126,6 +134,6 @@ def _counter(predictor: Predictor) -> Counter:
 
 @torch.inference_mode()
 def _run(predictor: Predictor, columns: Columns) -> Tensor:
-    arrays = feature.encode(predictor.features, dict(columns))
+    arrays = encode(predictor.features, dict(columns))
     outputs: Tensor = predictor.network(*map(torch.from_numpy, arrays))
     return outputs

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from heliostat.data.features import TableFeatures, encode, encode_targets
+from heliostat.data.encoding import encode, encode_targets
+from heliostat.data.features import TableFeatures
 from heliostat.evaluate import Predictor
 from heliostat.evaluate.scores import probabilities
 from heliostat.signature import Classes, Numbers

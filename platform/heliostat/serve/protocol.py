@@ -8,18 +8,16 @@ from pydantic_core import from_json, to_json
 
 from heliostat.data.features import (
     IMAGE,
-    MAX_SERVED_PIXELS,
     BlockFeatures,
     Columns,
     Features,
-    FieldError,
     ImageFeatures,
     NumericColumn,
     SeriesFeatures,
     TextFeatures,
-    decode_image,
-    parse_instances,
 )
+from heliostat.data.instances import MAX_SERVED_PIXELS, FieldError, parse_instances
+from heliostat.data.pixels import decode_image
 from heliostat.errors import HeliostatError
 from heliostat.signature import Classes, Numbers, Output
 

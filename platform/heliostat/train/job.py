@@ -22,8 +22,8 @@ class Job:
         return f"{self.run}-{self.submission}"
 
     @property
-    def tries_key(self) -> str:
-        return f"runs/{self.run}/tries/{self.submission}"
+    def failures_key(self) -> str:
+        return f"runs/{self.run}/failures/{self.submission}"
 
 
 def result_key(run: str) -> str:

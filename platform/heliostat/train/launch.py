@@ -217,10 +217,10 @@ def _finished(store: Store, name: str, steps: int) -> Result | None:
     # PyTorch takes seconds to import, and before the first step the driver does not need it.
     import safetensors.torch
 
-    from heliostat.train import sharded
+    from heliostat.train.reader import read_weights
 
     try:
-        weights = sharded.read_weights(store, document["checkpoint"])
+        weights = read_weights(store, document["checkpoint"])
     except Corrupt:
         return None
     data = safetensors.torch.save(weights.tensors)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from heliostat import storage
-from heliostat.data import features, stream
+from heliostat.data import encoding, stream
 from heliostat.data.manifest import Manifest, load_manifest
 from heliostat.errors import HeliostatError
 from heliostat.metrics import Sink
@@ -20,7 +20,7 @@ from heliostat.models import build, count_parameters, task_of
 from heliostat.models.cost import measure_cost
 from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks
-from heliostat.train import checkpoint, goodput, loop, sharded
+from heliostat.train import checkpoint, goodput, loop
 from heliostat.train.ema import Average
 from heliostat.train.goodput import CHECKPOINT, VALIDATION, Ledger
 from heliostat.train.job import Job, result_key
@@ -30,6 +30,7 @@ from heliostat.train.optim import build_optimizer, rate_at
 from heliostat.train.parallel import Parallel, parallelize
 from heliostat.train.peak import find_peak
 from heliostat.train.progress import Progress, Workload
+from heliostat.train.reader import read_newest
 from heliostat.train.state import State
 from heliostat.train.stop import (
     HIGHER_IS_BETTER,
@@ -40,6 +41,7 @@ from heliostat.train.stop import (
     follow,
     watched,
 )
+from heliostat.train.writer import Writer
 
 CURVE_POINTS = 50  # of TensorBoard, between two checkpoints
 
@@ -126,7 +128,7 @@ class _Worker:
         self._resumed = time.monotonic() - self._position.seconds
         best = self._best if self._train.validate_steps else None
         keep = self._train.keep_checkpoints
-        self._writer = sharded.Writer(self._store, job.run, keep=keep, best=best, fence=fence)
+        self._writer = Writer(self._store, job.run, keep=keep, best=best, fence=fence)
         self._recipe = loop.Recipe(
             rate=self._rate,
             seed=self._train.seed,
@@ -213,7 +215,7 @@ class _Worker:
         if self._is_first:
             checkpoint.collect(self._store, self._job.run)
         say = print if self._is_first else _say_nothing
-        restored = sharded.read_newest(self._store, self._job.run, self._state, say)
+        restored = read_newest(self._store, self._job.run, self._state, say)
         if restored is None:
             return Position()
         position = Position.from_json(restored.step, restored.extra)
@@ -345,8 +347,8 @@ class _Worker:
 
     def _to_batch(self, share: stream.Share) -> loop.Batch:
         columns, device = dict(share.columns), self._place.device
-        arrays = features.encode(self._manifest.features, columns)
-        targets = features.encode_targets(self._manifest.output, columns)
+        arrays = encoding.encode(self._manifest.features, columns)
+        targets = encoding.encode_targets(self._manifest.output, columns)
         return loop.Batch(
             tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays),
             torch.from_numpy(targets).to(device, non_blocking=True),

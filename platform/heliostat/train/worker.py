@@ -9,12 +9,13 @@ import ray.train.torch
 import ray.util
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from heliostat import storage
 from heliostat.data import stream
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
+from heliostat.train import failures
 from heliostat.train.gauges import Gauges
 from heliostat.train.job import Job, failure_key
 from heliostat.train.loop import Ranks
@@ -41,7 +42,7 @@ def work(job: Job) -> None:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         if ranks.rank == 0:
-            _count_try(store, job)
+            _count_start(store, job, ranks.world_size)
         _join(ranks, device)
         train_rank(job, place)
     except HeliostatError as error:
@@ -49,7 +50,7 @@ def work(job: Job) -> None:
         raise
     except Preempted:
         if ranks.rank == 0:
-            _write_tries(store, job, _read_tries(store, job) - 1)
+            failures.excuse(store, job.failures_key)
         raise
     distributed.destroy_process_group()
 
@@ -80,20 +81,12 @@ def _is_preempted() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-def _count_try(store: Store, job: Job) -> None:
-    tries = _read_tries(store, job) + 1
-    _write_tries(store, job, tries)
-    if tries > job.spec.train.max_failures + 1:
+def _count_start(store: Store, job: Job, workers: int) -> None:
+    failed = failures.count_start(store, job.failures_key, workers).failures
+    most = job.spec.train.max_failures
+    if failed > most:
         raise HeliostatError(
-            f"the workers of run {job.run} failed {tries - 1} times, train.max_failures is "
-            f"{job.spec.train.max_failures}: the job's log has their last words; submit the job "
-            "again to go on from the last checkpoint"
+            f"the workers of run {job.run} failed {failed} times, train.max_failures is {most}: "
+            "the job's log has their last words; submit the job again to go on from the last "
+            "checkpoint"
         )
-
-
-def _read_tries(store: Store, job: Job) -> int:
-    return int(store.read(job.tries_key)) if store.stat(job.tries_key) else 0
-
-
-def _write_tries(store: Store, job: Job, tries: int) -> None:
-    store.write(job.tries_key, str(tries).encode())

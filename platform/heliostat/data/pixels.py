@@ -1,0 +1,70 @@
+"""PNG and JPEG files as pixels, bounded in size."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64_000_000  # of an image of a data set
+BROKEN_IMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+MODES = {1: "L", 3: "RGB"}
+
+
+def decode_image(
+    data: bytes, height: int, width: int, channels: int, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """The pixels (height, width, channels) of a PNG or JPEG file, upright, centre-cropped.
+
+    Raises:
+        ValueError: not a PNG or JPEG file, a broken one, or one of more than `max_pixels`.
+    """
+    try:
+        with open_image(data, max_pixels) as image:
+            return fit_image(ImageOps.exif_transpose(image), height, width, channels)
+    except BROKEN_IMAGE as error:
+        raise ValueError(f"not a readable PNG or JPEG file: {_first_line(error)}") from error
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A PNG or JPEG file of a bounded size with only its header read; raises BROKEN_IMAGE."""
+    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}x{image.height} is more than {max_pixels:,} pixels")
+    return image
+
+
+def fit_image(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+    """Pixels (height, width, channels): scaled until the shorter side fits, then centre-cropped."""
+    flat = _flatten(image).convert(MODES[channels])
+    if flat.size != (width, height):
+        flat = ImageOps.fit(flat, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(flat, dtype=np.uint8).reshape(height, width, channels)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Without transparency (on white, as a browser shows it) and with 8 bits per channel."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
+        return image
+    layered = image.convert("RGBA")
+    white = Image.new("RGBA", layered.size, "white")
+    return Image.alpha_composite(white, layered).convert("RGB")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].split(" <_io")[0]
