@@ -8,9 +8,9 @@ from heliostat.data.order import Order, share
 
 orders = st.builds(
     Order,
-    group_rows=st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple),
+    part_rows=st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple),
     global_batch=st.integers(1, 50),
-    groups_per_chunk=st.integers(1, 5),
+    parts_per_chunk=st.integers(1, 5),
     seed=st.integers(0, 2**40),
 )
 
@@ -21,14 +21,14 @@ def rows_of_epoch(order: Order, epoch: int) -> list[tuple[int, int]]:
     first = epoch * order.chunks_per_epoch
     for index in range(first, first + order.chunks_per_epoch):
         chunk = order.chunk(index)
-        read = [(g, row) for g in chunk.groups for row in range(order.group_rows[g])]
+        read = [(g, row) for g in chunk.parts for row in range(order.part_rows[g])]
         rows += [read[position] for position in order.permute(chunk)]
     return rows
 
 
 @given(orders, st.integers(0, 3))
 def test_an_epoch_visits_every_row_once(order: Order, epoch: int) -> None:
-    everything = [(g, row) for g, rows in enumerate(order.group_rows) for row in range(rows)]
+    everything = [(g, row) for g, rows in enumerate(order.part_rows) for row in range(rows)]
     assert sorted(rows_of_epoch(order, epoch)) == everything
 
 

@@ -13,16 +13,7 @@ from heliostat.spec import check_name, digest
 from heliostat.storage import Entry, Missing, Store
 
 SPLITS = ("train", "validation", "test")
-SHARD_FORMAT = 2
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part of a shard: `sha256` is that of file[offset : offset + bytes]."""
-
-    offset: int
-    bytes: int
-    sha256: str
+SHARD_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -37,14 +28,17 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of one split; its key holds its SHA-256, `etag` is what the store says."""
+    """One Parquet file of one split; its key holds its SHA-256, `etag` is what the store says.
+
+    `footer` is that of the file, compressed in base64: a row group is read with one request.
+    """
 
     key: str
     split: str
     rows: int
     bytes: int
     sha256: str
-    footer: Span
+    footer: str
     groups: tuple[RowGroup, ...]
     etag: str = ""
 
@@ -163,9 +157,8 @@ def holds(store: Store, key: str, sha256: str) -> bool:
 
 def shard_from_json(document: dict[str, Any]) -> Shard:
     """The inverse of `dataclasses.asdict`."""
-    footer = Span(**document["footer"])
     groups = tuple(RowGroup(**group) for group in document["groups"])
-    return Shard(**document | {"footer": footer, "groups": groups})
+    return Shard(**document | {"groups": groups})
 
 
 def _versions(store: Store, name: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""The order of samples: a pure function of (row groups, seed, epoch), whatever the worker count.
+"""The order of samples: a pure function of (parts, seed, epoch), whatever the worker count.
 
-An epoch is a permutation of the row groups, cut into chunks of a fixed number of groups; the rows
+A part is a span of rows that lie together in storage. An epoch is a permutation of the parts, cut
+into chunks of a fixed number of parts; the rows
 of a chunk are permuted among themselves. Global batches are consecutive rows of that sequence, the
 last one of an epoch may be short. Every row is in exactly one batch of every epoch.
 """
@@ -15,26 +16,26 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Chunk:
-    """Row groups that are read together: `groups` are positions in `Order.group_rows`."""
+    """Parts whose rows are mixed: `parts` are positions in `Order.part_rows`."""
 
     epoch: int
     position: int
-    groups: tuple[int, ...]
+    parts: tuple[int, ...]
     rows: int
 
 
 @dataclass(frozen=True)
 class Order:
-    """The sequence of global batches over row groups of `group_rows` rows each."""
+    """The sequence of global batches over parts of `part_rows` rows each."""
 
-    group_rows: tuple[int, ...]
+    part_rows: tuple[int, ...]
     global_batch: int
-    groups_per_chunk: int
+    parts_per_chunk: int
     seed: int
 
     @cached_property
     def rows(self) -> int:
-        return sum(self.group_rows)
+        return sum(self.part_rows)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -42,18 +43,18 @@ class Order:
 
     @cached_property
     def chunks_per_epoch(self) -> int:
-        return -(-len(self.group_rows) // self.groups_per_chunk)
+        return -(-len(self.part_rows) // self.parts_per_chunk)
 
     def chunk(self, index: int) -> Chunk:
         """The chunk with this number, counted over all epochs."""
         epoch, position = divmod(index, self.chunks_per_epoch)
-        first = position * self.groups_per_chunk
-        groups = _permutation(len(self.group_rows), self.seed, epoch)
-        chosen = tuple(map(int, groups[first : first + self.groups_per_chunk]))
-        return Chunk(epoch, position, chosen, sum(self.group_rows[group] for group in chosen))
+        first = position * self.parts_per_chunk
+        parts = _permutation(len(self.part_rows), self.seed, epoch)
+        chosen = tuple(map(int, parts[first : first + self.parts_per_chunk]))
+        return Chunk(epoch, position, chosen, sum(self.part_rows[part] for part in chosen))
 
     def permute(self, chunk: Chunk) -> npt.NDArray[np.int64]:
-        """The order of the rows of a chunk, as positions in its groups read one after another."""
+        """The order of the rows of a chunk, as positions in its parts read one after another."""
         return _permutation(chunk.rows, self.seed, chunk.epoch, chunk.position + 1)
 
     def batch_rows(self, step: int) -> int:

@@ -18,7 +18,7 @@ from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
 from heliostat.storage import Missing, Store, connect, probe
 
-CODE_FORMAT = 2
+CODE_FORMAT = 3
 
 
 def prepare(spec: RunSpec) -> Manifest:

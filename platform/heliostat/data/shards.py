@@ -1,7 +1,10 @@
 """Shards: which one a row belongs to, how one is written, how a part is read and trusted."""
 
+import base64
 import hashlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -27,7 +30,7 @@ from heliostat.data.features import (
     TextFeatures,
     token_type,
 )
-from heliostat.data.manifest import SPLITS, RowGroup, Shard, Span
+from heliostat.data.manifest import SPLITS, RowGroup, Shard
 from heliostat.data.ranged import RangedFile
 from heliostat.errors import HeliostatError
 from heliostat.spec import SplitSpec
@@ -75,8 +78,8 @@ def split_at(order: int) -> str:
     return SPLITS[order >> ORDER_BITS]
 
 
-def write_shard(table: pa.Table, rows_per_group: int) -> tuple[bytes, Span, tuple[RowGroup, ...]]:
-    """A Parquet file, the digest of its footer and one per row group; equal rows, equal bytes."""
+def write_shard(table: pa.Table, rows_per_group: int) -> tuple[bytes, str, tuple[RowGroup, ...]]:
+    """A Parquet file, with footer and row groups as a `Shard` has them; equal rows, equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),
@@ -94,23 +97,58 @@ def write_shard(table: pa.Table, rows_per_group: int) -> tuple[bytes, Span, tupl
     footer_bytes = int.from_bytes(data[-TAIL_BYTES:-4], "little") + TAIL_BYTES
     return (
         data,
-        _span(data, len(data) - footer_bytes, footer_bytes),
+        base64.b64encode(zlib.compress(data[-footer_bytes:])).decode(),
         tuple(_describe_group(data, group) for group in groups),
     )
 
 
-def read_group(store: Store, shard: Shard, index: int) -> pa.Table:
-    """The rows of one row group, from one ranged read of the footer and one of the group.
+@dataclass(frozen=True)
+class Span:
+    """The row groups from `first` to before `stop` of a shard: what is read at once."""
+
+    shard: Shard
+    first: int
+    stop: int
+
+    @property
+    def groups(self) -> tuple[RowGroup, ...]:
+        return self.shard.groups[self.first : self.stop]
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+    @property
+    def bytes(self) -> int:
+        return self.groups[-1].offset + self.groups[-1].bytes - self.groups[0].offset
+
+
+def cut_spans(shard: Shard, max_rows: int, max_bytes: int) -> Iterator[Span]:
+    """All row groups of a shard as spans, each as long as the limits allow, or one group."""
+    first = 0
+    for stop in range(1, len(shard.groups) + 1):
+        longer = Span(shard, first, stop + 1)
+        if stop == len(shard.groups) or longer.rows > max_rows or longer.bytes > max_bytes:
+            yield Span(shard, first, stop)
+            first = stop
+
+
+def read_span(store: Store, span: Span) -> pa.Table:
+    """The rows of a span, by one ranged read.
 
     Raises:
         HeliostatError: the shard is missing or short, or its bytes are not those of the manifest.
     """
-    group = shard.groups[index]
-    part = f"row group {index}"
-    footer = _read_footer(store, shard.key, shard.footer)  # type: ignore[arg-type]
-    data = _read_span(store, shard.key, Span(group.offset, group.bytes, group.sha256), part)
-    source = RangedFile(shard.bytes, partial(_cut, data, group.offset))
-    return pq.ParquetFile(source, metadata=footer, pre_buffer=False).read_row_group(index)
+    begin = span.groups[0].offset
+    source = RangedFile(span.shard.bytes, partial(_cut, _read_verified(store, span), begin))
+    footer = _parse_footer(span.shard.footer)
+    file = pq.ParquetFile(source, metadata=footer, pre_buffer=False)
+    return file.read_row_groups(list(range(span.first, span.stop)))
+
+
+def read_group(store: Store, shard: Shard, index: int) -> pa.Table:
+    """The rows of one row group; see `read_span`."""
+    return read_span(store, Span(shard, index, index + 1))
 
 
 def to_columns(features: Features, table: pa.Table) -> Columns:
@@ -185,37 +223,50 @@ def _hash(row_id: str, seed: int) -> tuple[int, int]:
 
 def _describe_group(data: bytes, group: pq.RowGroupMetaData) -> RowGroup:
     chunks = [group.column(index) for index in range(group.num_columns)]
-    starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
-    ends = [
-        start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)
-    ]
-    span = _span(data, min(starts), max(ends) - min(starts))
-    return RowGroup(span.offset, span.bytes, group.num_rows, span.sha256)
+    start = min(chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks)
+    end = max(
+        (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+        for chunk in chunks
+    )
+    sha256 = hashlib.sha256(memoryview(data)[start:end]).hexdigest()
+    return RowGroup(start, end - start, group.num_rows, sha256)
 
 
-def _span(data: bytes, offset: int, length: int) -> Span:
-    part = memoryview(data)[offset : offset + length]
-    return Span(offset, length, hashlib.sha256(part).hexdigest())
+@lru_cache(maxsize=1024)
+def _parse_footer(footer: str) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(zlib.decompress(base64.b64decode(footer))))
 
 
-@lru_cache(maxsize=256)
-def _read_footer(store: Store, key: str, footer: Span) -> pq.FileMetaData:
-    return pq.read_metadata(pa.BufferReader(_read_span(store, key, footer, "footer")))
-
-
-def _read_span(store: Store, key: str, span: Span, part: str) -> bytes:
+def _read_verified(store: Store, span: Span) -> bytes:
     """What is damaged is read once more: a network may garble what the bucket keeps well."""
     for _ in range(2):
-        try:
-            data = store.read_range(key, span.offset, span.bytes)
-        except HeliostatError as error:
-            raise HeliostatError(f"{part} of a shard cannot be read: {error}") from error
-        if hashlib.sha256(data).hexdigest() == span.sha256:
+        data = _read_bytes(store, span)
+        damaged = _find_damaged(span, data)
+        if damaged is None:
             return data
     raise HeliostatError(
-        f"the bytes of {part} of {store.uri}/{key} are not those that were written: "
-        "delete the object and prepare the data again"
+        f"the bytes of row group {damaged} of {store.uri}/{span.shard.key} are not those that were "
+        "written: delete the object and prepare the data again"
     )
+
+
+def _read_bytes(store: Store, span: Span) -> bytes:
+    try:
+        return store.read_range(span.shard.key, span.groups[0].offset, span.bytes)
+    except HeliostatError as error:
+        raise HeliostatError(
+            f"row group {span.first} of a shard cannot be read: {error}"
+        ) from error
+
+
+def _find_damaged(span: Span, data: bytes) -> int | None:
+    """The number of the first row group that is not the one that was written."""
+    for index, group in enumerate(span.groups, start=span.first):
+        start = group.offset - span.groups[0].offset
+        part = memoryview(data)[start : start + group.bytes]
+        if hashlib.sha256(part).hexdigest() != group.sha256:
+            return index
+    return None
 
 
 def _cut(data: bytes, first: int, offset: int, count: int) -> memoryview:

@@ -1,4 +1,4 @@
-"""A data set as batches: Ray Data reads and verifies row groups in the order of `order`."""
+"""A data set as batches: Ray Data reads and verifies spans of rows in the order of `order`."""
 
 import logging
 from collections import deque
@@ -13,19 +13,28 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
-from heliostat.data.manifest import Manifest, Shard
+from heliostat.data.manifest import Manifest
 from heliostat.data.order import Chunk, Order, share
-from heliostat.data.shards import WEIGHT, label_values, read_group, to_columns
+from heliostat.data.shards import (
+    WEIGHT,
+    Span,
+    cut_spans,
+    label_values,
+    read_span,
+    to_columns,
+)
 from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
 
 SENTENCE = "heliostat.error"
-CHUNK_ROWS = 4096
-CHUNK_BYTES = 32 << 20
+SPAN_ROWS = 4096
+SPAN_BYTES = 16 << 20  # small ranges of large objects cost a store several times the work
+CHUNK_ROWS = 4 * SPAN_ROWS
+CHUNK_BYTES = 2 * SPAN_BYTES
 CHUNKS_PER_PIPELINE = 256  # planning costs about 2 ms each
 CHUNKS_KEPT = 8
-CHUNKS_AHEAD = 2
+CHUNKS_AHEAD = 4
 PARALLEL_READS = 4
 
 Columns = Mapping[str, npt.NDArray[Any]]
@@ -46,25 +55,25 @@ class Share:
 
 def plan(manifest: Manifest, split: str, global_batch: int, seed: int) -> Order:
     """The order of samples of `split`, in chunks of CHUNK_ROWS rows or CHUNK_BYTES at most."""
-    groups = [group for _, _, group in _groups(manifest, split)]
-    most_rows = max((group.rows for group in groups), default=1)
-    most_bytes = max((group.bytes for group in groups), default=1)
+    spans = _spans(manifest, split)
+    most_rows = max((span.rows for span in spans), default=1)
+    most_bytes = max((span.bytes for span in spans), default=1)
     per_chunk = max(1, min(CHUNK_ROWS // most_rows, CHUNK_BYTES // most_bytes))
-    return Order(tuple(group.rows for group in groups), global_batch, per_chunk, seed)
+    return Order(tuple(span.rows for span in spans), global_batch, per_chunk, seed)
 
 
 def read_split(store: Store, manifest: Manifest, split: str, batch: int) -> Iterator[Columns]:
     """Every row of `split` once, as columns of up to `batch` rows."""
-    groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
-    if not groups:
+    spans = _spans(manifest, split)
+    if not spans:
         return
     say_if_waiting(cpus=1)
     configure(ray.data.DataContext.get_current())
 
     def read(rows: pa.Table) -> pa.Table:
-        return _told(lambda: read_group(store, *groups[rows["id"][0].as_py()]))
+        return _told(lambda: read_span(store, spans[rows["id"][0].as_py()]))
 
-    dataset = ray.data.range(len(groups), override_num_blocks=len(groups)).map_batches(
+    dataset = ray.data.range(len(spans), override_num_blocks=len(spans)).map_batches(
         read, batch_size=None, batch_format="pyarrow"
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -83,7 +92,7 @@ class ChunkReader:
     def __init__(self, store: Store, manifest: Manifest, split: str, order: Order, steps: int):
         self._store, self._order = store, order
         self._stop = order.end_chunk(steps)
-        self._groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
+        self._spans = _spans(manifest, split)
         self._bundles: Iterator[Any] = iter(())
         self._kept: dict[int, list[ray.ObjectRef]] = {}
         self._next = 0
@@ -114,12 +123,12 @@ class ChunkReader:
         self._next += 1
 
     def _read(self, first: int) -> Iterator[Any]:
-        store, order, groups = self._store, self._order, self._groups
+        store, order, spans = self._store, self._order, self._spans
         count = min(CHUNKS_PER_PIPELINE, self._stop - first)
 
         def read_chunk(chunk: Chunk) -> pa.Table:
             with ThreadPoolExecutor(PARALLEL_READS) as threads:
-                tables = list(threads.map(lambda g: read_group(store, *groups[g]), chunk.groups))
+                tables = list(threads.map(lambda part: read_span(store, spans[part]), chunk.parts))
             return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
 
         def read(rows: pa.Table) -> pa.Table:
@@ -174,17 +183,17 @@ def iter_part(
 
     All ranks together see each row once, and each has as many batches: the last ones may be empty.
     """
-    groups = [(shard, index) for shard, index, _ in _groups(manifest, split)]
-    parts = [groups[other::world_size] for other in range(world_size)]
-    counts = [sum(-(-shard.groups[i].rows // batch) for shard, i in part) for part in parts]
+    spans = _spans(manifest, split)
+    parts = [spans[other::world_size] for other in range(world_size)]
+    counts = [sum(-(-span.rows // batch) for span in part) for part in parts]
     empty = None
-    for shard, index in parts[rank]:
-        table = read_group(store, shard, index)
+    for span in parts[rank]:
+        table = read_span(store, span)
         empty = table.slice(0, 0)
         for first in range(0, table.num_rows, batch):
             yield _share(manifest, table.slice(first, batch))
     if empty is None:
-        empty = read_group(store, *groups[0]).slice(0, 0)
+        empty = read_span(store, spans[0]).slice(0, 0)
     for _ in range(max(counts) - counts[rank]):
         yield _share(manifest, empty)
 
@@ -245,10 +254,9 @@ def _columns(manifest: Manifest, table: pa.Table) -> Columns:
     return columns
 
 
-def _groups(manifest: Manifest, split: str) -> Iterator[tuple[Shard, int, Any]]:
-    for shard in manifest.shards_of(split):
-        for index, group in enumerate(shard.groups):
-            yield shard, index, group
+def _spans(manifest: Manifest, split: str) -> list[Span]:
+    shards = manifest.shards_of(split)
+    return [span for shard in shards for span in cut_spans(shard, SPAN_ROWS, SPAN_BYTES)]
 
 
 def configure(context: ray.data.DataContext) -> None:

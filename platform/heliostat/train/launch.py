@@ -8,7 +8,9 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from heliostat import spec, storage
@@ -125,6 +127,11 @@ def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> No
         _fit(job)
     except ray.train.TrainingFailedError as error:
         raise HeliostatError(_failure(store, job.run)) from error
+    except RayActorError as error:
+        raise HeliostatError(
+            f"Ray's controller of run {job.run} died: submit the job again to go on from the last "
+            "checkpoint"
+        ) from error
     finally:
         ray.kill(actor)
 
@@ -140,7 +147,7 @@ def _fit(job: Job) -> None:
     for setting in TRAIN:
         os.environ.setdefault(setting.name, setting.value)
     fewest, most = train.fewest_workers, train.most_workers
-    trainer = DataParallelTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={"job": job},
         backend_config=_BackendConfig(),
@@ -164,6 +171,14 @@ def _work(config: dict[str, Any]) -> None:
     from heliostat.train.worker import work
 
     work(config["job"])
+
+
+class _Trainer(DataParallelTrainer):  # type: ignore[misc]
+    """Without Ray's manager of data sets: an actor more at every start, for data passed to Ray."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 class _Backend(Backend):  # type: ignore[misc]

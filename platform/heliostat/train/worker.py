@@ -5,7 +5,6 @@ import warnings
 import ray
 import ray.train
 import ray.train.collective
-import ray.train.torch
 import ray.util
 import torch
 from torch import distributed
@@ -29,7 +28,7 @@ def work(job: Job) -> None:
         return
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
-    device = ray.train.torch.get_device()
+    device = _find_device(job.spec.train.gpus_per_worker)
     place = Place(
         ranks,
         device,
@@ -53,6 +52,15 @@ def work(job: Job) -> None:
             failures.excuse(store, job.failures_key)
         raise
     distributed.destroy_process_group()
+
+
+def _find_device(gpus: int) -> torch.device:
+    if not gpus:
+        return torch.device("cpu")
+    import ray.train.torch  # takes seconds
+
+    device: torch.device = ray.train.torch.get_device()
+    return device
 
 
 def _join(ranks: Ranks, device: torch.device) -> None:
