@@ -87,7 +87,7 @@ def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
     for _ in range(repeats):
         if only in (None, "steps"):
             with _told("heliostat", say):
-                peer = make_platform(store, run, CHECKPOINT_STEPS * STEPS)
+                peer = make_platform(store, run)
                 with submit(peer) as job:
                     job.wait()
                 keep("step_seconds", "heliostat", find_pace(peer.read_steps()[-1]))
@@ -95,7 +95,7 @@ def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
                 keep("step_seconds", "torchrun", find_pace(run_torchrun(run, pixels, labels)))
         if only in (None, "submit", "kill"):
             for peer in (
-                make_platform(store, run, CHECKPOINT_STEPS),
+                make_platform(store, run),
                 make_stock(store, run, manifest),
             ):
                 with _told(peer.name, say):
@@ -126,13 +126,13 @@ def upload(store: Store, pixels: Pixels, labels: Pixels) -> None:
             store.write(f"raw/{name}", gzip.compress(header + array.tobytes(), 1, mtime=0))
 
 
-def make_platform(store: Store, run: RunSpec, checkpoint_steps: int) -> Peer:
-    """`jobs/train.py`, whose event files say when a step ended."""
+def make_platform(store: Store, run: RunSpec) -> Peer:
+    """`jobs/train.py`, whose event files say when each step ended, at 50 between checkpoints."""
     name = f"benchmark-{secrets.token_hex(4)}"
     settings = {
         "run": name,
         "steps": STEPS,
-        "checkpoint_steps": checkpoint_steps,
+        "checkpoint_steps": CHECKPOINT_STEPS,
         "max_failures": MAX_FAILURES,
     }
     overrides = [f"train.{key}={value}" for key, value in settings.items()]

@@ -110,21 +110,22 @@ class ChunkReader:
         return self._kept[index]
 
     def _start(self, index: int) -> None:
-        self._bundles, self._next = self._read(index), index
+        # One chunk, for which one process starts: two cores are busy enough when a run begins.
+        self._bundles, self._next = self._read(index, 1), index
         self._kept.clear()
 
     def _advance(self) -> None:
         bundle = next(self._bundles, None)
         if bundle is None:
-            self._bundles = self._read(self._next)
+            self._bundles = self._read(self._next, CHUNKS_PER_PIPELINE)
             bundle = next(self._bundles)
         self._kept[self._next] = list(bundle.block_refs)
         self._kept.pop(self._next - CHUNKS_KEPT, None)
         self._next += 1
 
-    def _read(self, first: int) -> Iterator[Any]:
+    def _read(self, first: int, most: int) -> Iterator[Any]:
         store, order, spans = self._store, self._order, self._spans
-        count = min(CHUNKS_PER_PIPELINE, self._stop - first)
+        count = min(most, self._stop - first)
 
         def read_chunk(chunk: Chunk) -> pa.Table:
             with ThreadPoolExecutor(PARALLEL_READS) as threads:

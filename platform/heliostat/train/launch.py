@@ -10,7 +10,10 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from heliostat import spec, storage
@@ -174,11 +177,16 @@ def _work(config: dict[str, Any]) -> None:
 
 
 class _Trainer(DataParallelTrainer):  # type: ignore[misc]
-    """Without Ray's manager of data sets: an actor more at every start, for data passed to Ray."""
+    """Without two actors that Ray starts, each for a second of two cores: one manages data sets
+    that are passed to Ray, one cleans up after a dead controller, as the end of the job does."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, idle)
+        ]
 
 
 class _Backend(Backend):  # type: ignore[misc]
