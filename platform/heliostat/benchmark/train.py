@@ -33,10 +33,12 @@ from heliostat.spec import MlpSpec, RunSpec
 from heliostat.storage import Store
 from heliostat.train import checkpoint, goodput
 from heliostat.train.goodput import STARTUP
+from heliostat.train.rank import CURVE_POINTS
 
 SPEC = "jobs/specs/benchmark.yaml"
 SIDE, CLASSES, ROWS = 28, 10, 32_768
 STEPS, CHECKPOINT_STEPS, MAX_FAILURES = 300, 50, 3
+TOLD = STEPS // CURVE_POINTS  # of so many steps a run tells one, if it saves at the last
 JOB_SECONDS, LOOK_SECONDS = 300.0, 0.1
 
 Say = Callable[[str], None]
@@ -87,15 +89,16 @@ def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
     for _ in range(repeats):
         if only in (None, "steps"):
             with _told("heliostat", say):
-                peer = make_platform(store, run)
+                peer = make_platform(store, run, STEPS)
                 with submit(peer) as job:
                     job.wait()
                 keep("step_seconds", "heliostat", find_pace(peer.read_steps()[-1]))
             with _told("torchrun", say):
-                keep("step_seconds", "torchrun", find_pace(run_torchrun(run, pixels, labels)))
+                ends = run_torchrun(run, pixels, labels)
+                keep("step_seconds", "torchrun", find_pace(ends[TOLD - 1 :: TOLD]))
         if only in (None, "submit", "kill"):
             for peer in (
-                make_platform(store, run),
+                make_platform(store, run, CHECKPOINT_STEPS),
                 make_stock(store, run, manifest),
             ):
                 with _told(peer.name, say):
@@ -126,13 +129,13 @@ def upload(store: Store, pixels: Pixels, labels: Pixels) -> None:
             store.write(f"raw/{name}", gzip.compress(header + array.tobytes(), 1, mtime=0))
 
 
-def make_platform(store: Store, run: RunSpec) -> Peer:
-    """`jobs/train.py`, whose event files say when each step ended, at 50 between checkpoints."""
+def make_platform(store: Store, run: RunSpec, checkpoint_steps: int) -> Peer:
+    """`jobs/train.py`, whose event files say when CURVE_POINTS steps between checkpoints ended."""
     name = f"benchmark-{secrets.token_hex(4)}"
     settings = {
         "run": name,
         "steps": STEPS,
-        "checkpoint_steps": CHECKPOINT_STEPS,
+        "checkpoint_steps": checkpoint_steps,
         "max_failures": MAX_FAILURES,
     }
     overrides = [f"train.{key}={value}" for key, value in settings.items()]
@@ -295,8 +298,9 @@ def run_torchrun(run: RunSpec, pixels: Pixels, labels: Pixels) -> list[float]:
 
 
 def find_pace(ends: Sequence[float]) -> float:
-    """The median step of the last two thirds, waiting for rows included."""
-    return statistics.median(after - before for before, after in pairwise(ends[STEPS // 3 :]))
+    """The median step of the last two thirds, waiting for rows included; TOLD from end to end."""
+    steady = pairwise(ends[len(ends) // 3 :])
+    return statistics.median(after - before for before, after in steady) / TOLD
 
 
 def read_events(store: Store, run: str) -> list[list[float]]:
