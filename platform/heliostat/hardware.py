@@ -1,5 +1,6 @@
 """What accelerators can compute at most: figures of their makers' data sheets."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -18,7 +19,7 @@ class Accelerator:
 
 
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
-# A name that contains another stands before it.
+# A name that begins with another stands before it.
 ACCELERATORS = (
     Accelerator("H200", 989e12, 67e12, f"{_NVIDIA}/h200"),
     Accelerator("H100 PCIe", 756e12, 51e12, f"{_NVIDIA}/h100"),
@@ -31,8 +32,11 @@ ACCELERATORS = (
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s at most of a device as PyTorch names it in fp32, bf16 or fp16; None if not known."""
+    """FLOP/s at most of a device as PyTorch names it in fp32, bf16 or fp16; None if not known.
+
+    An L40 is no L4: the name counts as a word.
+    """
     for known in ACCELERATORS:
-        if known.name in device_name:
+        if re.search(rf"\b{known.name}\b", device_name):
             return known.single_flops if precision == "fp32" else known.half_flops
     return None

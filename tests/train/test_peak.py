@@ -42,4 +42,5 @@ def test_an_unknown_device_is_measured_and_says_so(precision: str) -> None:
     assert peak.flops > 0
     assert peak.render().startswith(f"CPU, {precision}: ")
     assert peak.render().endswith("FLOP/s (a matrix product, measured)")
-    assert peak_flops("CPU", precision) is None
+    for name in ("CPU", "NVIDIA L40", "NVIDIA GH200 480GB"):
+        assert peak_flops(name, precision) is None
