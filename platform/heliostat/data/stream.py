@@ -110,7 +110,7 @@ class ChunkReader:
         return self._kept[index]
 
     def _start(self, index: int) -> None:
-        # One chunk, for which one process starts: two cores are busy enough when a run begins.
+        # Alone, as it is waited for: what comes after it does not compete with workers that start.
         self._bundles, self._next = self._read(index, 1), index
         self._kept.clear()
 

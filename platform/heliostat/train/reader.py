@@ -30,7 +30,6 @@ from heliostat.train.span import Span, hash_bytes
 from heliostat.train.state import AVERAGE, MODEL, State, install, make_targets, take_local
 
 PARALLEL_READS = 8
-
 READ_BYTES = 64 * 1024**2
 
 Warn = Callable[[str], None]
@@ -211,12 +210,12 @@ def _is_next(group: list[_Bytes], part: _Bytes) -> bool:
 
 def _read_verified(store: Store, key: str, adjacent: list[_Bytes]) -> bytes:
     """What is damaged is read once more: a network may garble what the bucket keeps well."""
-    data = _read_range(store, key, adjacent)
-    if _find_damaged(data, adjacent):
+    for _ in range(2):
         data = _read_range(store, key, adjacent)
-    if part := _find_damaged(data, adjacent):
-        raise Corrupt(f"{part.file} does not match a SHA-256, at byte {part.span.offset:,}")
-    return data
+        damaged = _find_damaged(data, adjacent)
+        if damaged is None:
+            return data
+    raise Corrupt(f"{damaged.file} does not match a SHA-256, at byte {damaged.span.offset:,}")
 
 
 def _find_damaged(data: bytes, adjacent: list[_Bytes]) -> _Bytes | None:

@@ -26,7 +26,6 @@ from heliostat.train.peers import Peers, open_peers
 from heliostat.train.state import OPTIMIZER, State, name_tensors, take_local
 
 FILE_BYTES = 128 * 1024**2  # held in memory while it is uploaded
-
 PARALLEL_WRITES = 4
 
 
