@@ -210,12 +210,13 @@ def _is_next(group: list[_Bytes], part: _Bytes) -> bool:
 
 def _read_verified(store: Store, key: str, adjacent: list[_Bytes]) -> bytes:
     """What is damaged is read once more: a network may garble what the bucket keeps well."""
-    for _ in range(2):
-        data = _read_range(store, key, adjacent)
-        damaged = _find_damaged(data, adjacent)
-        if damaged is None:
-            return data
-    raise Corrupt(f"{damaged.file} does not match a SHA-256, at byte {damaged.span.offset:,}")
+    data = _read_range(store, key, adjacent)
+    if _find_damaged(data, adjacent) is None:
+        return data
+    data = _read_range(store, key, adjacent)
+    if part := _find_damaged(data, adjacent):
+        raise Corrupt(f"{part.file} does not match a SHA-256, at byte {part.span.offset:,}")
+    return data
 
 
 def _find_damaged(data: bytes, adjacent: list[_Bytes]) -> _Bytes | None:
