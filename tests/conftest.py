@@ -75,14 +75,15 @@ def cluster(home: Home, s3: local.Cluster) -> Iterator[local.Cluster]:
 
 
 @pytest.fixture
-def join_node(cluster: local.Cluster) -> Iterator[Callable[[int], str]]:
-    """`join_node(cpus)`: a second raylet on this machine; the marker of its processes."""
+def join_node(cluster: local.Cluster) -> Iterator[Callable[..., str]]:
+    """`join_node(cpus, **settings)`: a second raylet here; the marker of its processes."""
     scratch = Path(tempfile.mkdtemp(prefix="heliostat-", dir="/tmp"))
     marker = secrets.token_hex(8)
 
-    def join(cpus: int) -> str:
+    def join(cpus: int, **settings: str) -> str:
         command = [sys.executable, "-c", JOIN, cluster.gcs_address, str(scratch), str(cpus)]
-        processes.launch(marker, command, {**os.environ, **cluster.env}, scratch / "join.log")
+        environment = {**os.environ, **cluster.env, **settings}
+        processes.launch(marker, command, environment, scratch / "join.log")
         return marker
 
     yield join

@@ -1,14 +1,15 @@
 """Small prepared data sets, stored without a pipeline."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from heliostat.data.features import NUMBERS, ImageFeatures
-from heliostat.data.manifest import Manifest, Shard, content_version
-from heliostat.data.shards import row_bytes, write_shard
+from heliostat.data.manifest import Manifest, Shard, content_version, data_key
+from heliostat.data.shards import WEIGHT, row_bytes, write_shard
 from heliostat.signature import Classes
 from heliostat.storage import Store
 
@@ -16,15 +17,24 @@ SIDE = 4
 
 
 def store_images(
-    store: Store, rows: dict[str, int], *, rows_per_shard: int = 64, rows_per_group: int = 16
+    store: Store,
+    rows: dict[str, int],
+    *,
+    rows_per_shard: int = 64,
+    rows_per_group: int = 16,
+    weighted: bool = False,
 ) -> Manifest:
-    """A data set of grey 4x4 images whose first pixels spell the row number; two classes."""
+    """A data set of grey 4x4 images whose first pixels spell the row number; two classes.
+
+    Rows weigh 1, or with `weighted` what `row_weight` says.
+    """
     shards = []
     first = 0
     for split, count in rows.items():
         for start in range(first, first + count, rows_per_shard):
             stop = min(start + rows_per_shard, first + count)
-            shards.append(_store_shard(store, split, range(start, stop), rows_per_group))
+            numbers = range(start, stop)
+            shards.append(_store_shard(store, split, numbers, rows_per_group, weighted))
         first += count
     manifest = Manifest(
         name="tiny",
@@ -39,7 +49,10 @@ def store_images(
         spec={},
         report={},
     )
-    return replace(manifest, version=content_version(manifest))
+    manifest = replace(manifest, version=content_version(manifest))
+    key = data_key(manifest.name, manifest.version, "manifest.json")
+    store.write(key, json.dumps(manifest.to_json()).encode())
+    return manifest
 
 
 def unpack(rows: pa.Table, *names: str) -> pa.Table:
@@ -56,7 +69,13 @@ def row_numbers(pixels: np.ndarray) -> list[int]:
     return [int(row[0] + (row[1] << 8)) for row in flat]
 
 
-def _store_shard(store: Store, split: str, numbers: range, rows_per_group: int) -> Shard:
+def row_weight(number: int) -> int:
+    return number % 3
+
+
+def _store_shard(
+    store: Store, split: str, numbers: range, rows_per_group: int, weighted: bool
+) -> Shard:
     images = np.zeros((len(numbers), SIDE * SIDE), np.uint8)
     images[:, 0] = [number & 255 for number in numbers]
     images[:, 1] = [number >> 8 for number in numbers]
@@ -68,6 +87,9 @@ def _store_shard(store: Store, split: str, numbers: range, rows_per_group: int) 
             "image": pa.array([image.tobytes() for image in images], pa.binary(SIDE * SIDE)),
         }
     )
+    if weighted:
+        weights = pa.array([row_weight(number) for number in numbers], pa.int32())
+        table = table.append_column(WEIGHT, weights)
     data, footer, groups = write_shard(table, rows_per_group)
     sha256 = hashlib.sha256(data).hexdigest()
     key = f"data/tiny/shards/{sha256}.parquet"

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from heliostat.errors import HeliostatError
 from heliostat.storage import connect
 from heliostat.train import checkpoint
+from heliostat.train.checkpoint import Retention
 from heliostat.train.reader import read_newest
 from heliostat.train.state import State, name_tensors
 from heliostat.train.writer import Writer
@@ -68,7 +69,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def save(root: str, state: State, *steps: int) -> None:
-    writer = Writer(connect(root), RUN, keep=9)
+    writer = Writer(connect(root), RUN, Retention(keep=9))
     for step in steps:
         writer.begin(step, state, {"epoch": step})
     writer.finish()

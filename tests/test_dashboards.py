@@ -9,23 +9,24 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
-import torch
-from torch import nn
+from ray.util.state import list_actors
 
-from heliostat import dashboards, local, storage
+from datasets import store_images
+from heliostat import dashboards, local, spec, storage
 from heliostat.dashboards import DASHBOARDS, Dashboard, Query
+from heliostat.data.prepare import prepare
 from heliostat.metrics import TRAINING
-from heliostat.models.tasks import choose_task
-from heliostat.signature import Classes, Signature, Vector
-from heliostat.train import goodput, loop
-from heliostat.train.gauges import Gauges
-from heliostat.train.goodput import CHECKPOINT, Ledger
-from heliostat.train.progress import Progress, Workload
+from heliostat.spec import RunSpec
+from heliostat.storage import Store
+from heliostat.train import checkpoint
+from heliostat.train.launch import train
 
 FOLDER = Path(__file__).parents[1] / "dashboards"
 DOCUMENTS = {name: json.loads(dashboards.render(board)) for name, board in DASHBOARDS.items()}
@@ -71,47 +72,6 @@ def test_every_metric_of_the_table_is_on_a_panel(board: Dashboard) -> None:
 
 
 # --- A real Prometheus and a real run ------------------------------------------------------------
-
-
-class Trainee:
-    """A run that is cut off at step 60 and resumed from its checkpoint of step 40."""
-
-    def train(self, root: str, run: str) -> str:
-        self._attempt(root, run, range(60))
-        return self._attempt(root, run, range(40, 150))
-
-    def _attempt(self, root: str, run: str, steps: range) -> str:
-        torch.set_num_threads(1)
-        store = storage.connect(root)
-        signature = Signature(Vector(256), Classes(("a", "b", "c")))
-        model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 3))
-        ledger = Ledger("job", goodput.load_attempts(store, run))
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        workload = Workload(150, 50, row_tokens=1, row_flops=6 * weights, peak_flops=1e12)
-        progress = Progress(
-            store, run, workload, ledger, live=[Gauges(run)], first_step=steps.start
-        )
-        for report in loop.fit(
-            model,
-            choose_task(signature),
-            torch.optim.SGD(model.parameters()),
-            (make_batch(step) for step in steps),
-            loop.Recipe(rate=lambda step: 0.01),
-            first_step=steps.start,
-        ):
-            progress.add(report)
-            if report.step % 40 == 0:
-                with ledger.spend(CHECKPOINT):
-                    progress.record()
-                progress.add_validation(report.metrics)
-        progress.finish()
-        return ledger.total.render()
-
-
-def make_batch(step: int) -> loop.Batch:
-    generator = torch.Generator().manual_seed(step)
-    rows = torch.randn(256, 256, generator=generator)
-    return loop.Batch((rows,), rows[:, :3].argmax(dim=1), 0, 256, 256)
 
 
 class Prometheus:
@@ -175,31 +135,63 @@ def prometheus(
 
 
 @pytest.fixture(scope="module")
-def run(
-    cluster: local.Cluster, prometheus: Prometheus, wait_until: Callable[..., None]
-) -> Iterator[str]:
-    """The name of a run that Prometheus has scraped; its process lives as long as it is asked."""
+def runs(cluster: local.Cluster, prometheus: Prometheus, wait_until: Callable[..., None]) -> str:
+    """A pattern of the names of two runs that Prometheus has scraped.
+
+    A worker of the one, which trains on a text, was killed; the other trains on pictures.
+    """
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
-    trainee = ray.remote(Trainee).remote()
-    name = "shown-by-grafana"
-    print(ray.get(trainee.train.remote(f"{cluster.root}/dashboards", name)))
-    wait_until(lambda: prometheus.query(f'ray_heliostat_train_step{{run="{name}"}} == 150'), 90)
-    yield name
-    ray.kill(trainee)
+    store = storage.connect(f"{cluster.root}/dashboards")
+    text = make_run(store, "shown-text", text_sections(store), workers=2, validate_steps=100)
+    pictures = make_run(store, "shown-pictures", PICTURES, workers=1)
+    with ThreadPoolExecutor(2) as threads:
+        pending = threads.submit(train, text, prepare(text))
+        wait_until(lambda: checkpoint.committed(store, "shown-text") or pending.done(), 120)
+        assert not pending.done(), pending.result()
+        workers = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+        psutil.Process(list_actors(filters=workers)[0].pid).kill()
+        beside = threads.submit(train, pictures, store_images(store, {"train": 400}))
+        pending.result()
+        beside.result()
+    return "shown-.*"
+
+
+PICTURES = {"data": {"source": "unused"}, "model": {"kind": "mlp"}}
+
+
+def text_sections(store: Store) -> dict[str, Any]:
+    paragraphs = (FOLDER.parent / "LICENSE").read_text().split("\n\n")
+    lines = [json.dumps({"text": paragraph}) for paragraph in paragraphs]
+    store.write("raw/license.jsonl", "\n".join(lines).encode())
+    data = {
+        "source": f"{store.uri}/raw",
+        "format": "text",
+        "task": "language",
+        "text": {"vocab": 300, "block": 16},
+        "split": {"validation": 0.3},
+    }
+    model = {"kind": "gpt", "width": 32, "layers": 1, "heads": 2, "kv_heads": 1}
+    return {"data": data, "model": model}
+
+
+def make_run(store: Store, name: str, sections: dict[str, Any], **train: Any) -> RunSpec:
+    """Ends after twice the time in which Ray exports its metrics."""
+    section = {"run": name, "epochs": 10_000, "stop": {"seconds": 20.0}, **train}
+    return spec.parse({"name": name, "root": store.uri, **sections, "train": section})
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("query", QUERIES)
-def test_a_real_run_answers_every_query(prometheus: Prometheus, run: str, query: Query) -> None:
-    values = prometheus.query(query.expression.replace("$run", run))
+def test_a_real_run_answers_every_query(prometheus: Prometheus, runs: str, query: Query) -> None:
+    values = prometheus.query(query.expression.replace("$run", runs))
     assert any(values), f"{query.expression} gives {values[:3]}"
 
 
 @pytest.mark.cluster
-def test_a_query_for_another_run_gives_nothing(prometheus: Prometheus, run: str) -> None:
+def test_a_query_for_another_run_gives_nothing(prometheus: Prometheus, runs: str) -> None:
     """Without this the law above could hold for queries that do not look at the run."""
     asked = [
-        query.expression.replace("$run", f"no-{run}")
+        query.expression.replace("$run", f"no-{runs}")
         for board in DASHBOARDS.values()
         for query in itertools.chain.from_iterable(panel.queries for panel in board.panels)
     ]

@@ -90,17 +90,20 @@ def bound_machine(cores: int, memory_bytes: int) -> MachineBounds:
     )
 
 
-def check_cpus(cluster_cpus: int, workers: int, cpus_per_worker: int) -> None:
-    """Refuse a training run whose workers leave no CPU for reading data.
+def check_cpus(
+    cluster_cpus: int, workers: int, cpus_per_worker: int, scoring: bool = False
+) -> None:
+    """Refuse a training run whose workers leave no CPU for reading data, and one for `scoring`.
 
     Raises:
-        HeliostatError: the workers take every CPU, so Ray Data would wait for ever in silence.
+        HeliostatError: the workers take too many CPUs, so Ray Data would wait for ever in silence.
     """
-    taken = workers * cpus_per_worker
-    if taken < cluster_cpus:
+    taken, needed = workers * cpus_per_worker, 1 + scoring
+    if taken + needed <= cluster_cpus:
         return
+    others = "reading data and one for scoring checkpoints" if scoring else "reading data"
     raise HeliostatError(
         f"train.workers={workers} x {cpus_per_worker} CPU take {taken} of the {cluster_cpus} CPUs "
-        f"of the cluster and leave none for reading data: use at most "
-        f"{(cluster_cpus - 1) // cpus_per_worker} workers or a larger cluster"
+        f"of the cluster and leave none for {others}: use at most "
+        f"{max(cluster_cpus - needed, 0) // cpus_per_worker} workers or a larger cluster"
     )

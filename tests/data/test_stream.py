@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from datasets import row_numbers, store_images
+from datasets import row_numbers, row_weight, store_images
 from heliostat.data import stream
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
@@ -70,6 +70,33 @@ def test_any_worker_count_and_any_resumption_sees_the_same_batches(
     for epoch in range(2):
         seen = whole[epoch * order.steps_per_epoch : (epoch + 1) * order.steps_per_epoch]
         assert sorted(number for rows in seen for number in rows) == list(range(ROWS["train"]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("batch", [1, 16, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_the_ranks_together_look_at_each_row_of_a_split_once(
+    store: Store,
+    world_size: int,
+    batch: int,
+    weighted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "SPAN_ROWS", 16)
+    manifest = store_images(store, ROWS, weighted=weighted)
+    parts = [
+        list(
+            stream.iter_part(store, manifest, "test", rank=rank, world_size=world_size, batch=batch)
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    shares = [share for part in parts for share in part]
+    numbers = [number for share in shares for number in row_numbers(share.columns["image"])]
+    assert sorted(numbers) == list(range(ROWS["train"], ROWS["train"] + ROWS["test"]))
+    weights = [row_weight(number) if weighted else 1 for number in numbers]
+    assert sum(share.weight for share in shares) == sum(weights)
+    assert max(share.rows for share in shares) <= batch
 
 
 def test_a_rank_without_rows_still_takes_part(store: Store) -> None:

@@ -22,7 +22,7 @@ from garbling import GarblingStore
 from heliostat.errors import HeliostatError
 from heliostat.storage import LocalStore, Store, connect
 from heliostat.train import checkpoint, lease
-from heliostat.train.checkpoint import Best, Found
+from heliostat.train.checkpoint import Best, Found, Retention
 from heliostat.train.reader import read_newest, read_weights
 from heliostat.train.state import State, name_tensors
 from heliostat.train.writer import Writer
@@ -135,10 +135,10 @@ def test_whenever_a_writer_is_killed_a_whole_checkpoint_is_found(
     for last in count():
         run = f"run-{last}"
         for step in (1, 2):
-            writer = Writer(connect(root), run, keep=2)
+            writer = Writer(connect(root), run, Retention(keep=2))
             writer.begin(step, before, {})
             writer.finish()
-        dying = Writer(Dying(root, last, count()), run, keep=1)
+        dying = Writer(Dying(root, last, count()), run, Retention(keep=1))
         dying.begin(3, state, {})
         try:
             dying.finish()
@@ -215,7 +215,7 @@ def test_what_is_written_is_the_state_of_when_it_began(root: str, state: State) 
             assert trained.wait(20)
             return super().write(key, data)
 
-    writer = Writer(Slow(root), RUN, keep=2)
+    writer = Writer(Slow(root), RUN, Retention(keep=2))
     writer.begin(2, state, {})
     train(state, range(2, 4))
     trained.set()
@@ -239,7 +239,7 @@ def test_a_writer_that_another_has_followed_commits_nothing(root: str, state: St
     store = connect(root)
     old, new = lease.raise_fence(store, RUN), lease.raise_fence(store, RUN)
     for fence in (new, old):
-        writer = Writer(store, RUN, keep=9, fence=fence)
+        writer = Writer(store, RUN, Retention(keep=9), fence=fence)
         writer.begin(fence.number, state, {})
         if fence is old:
             with pytest.raises(HeliostatError, match="later writer"):
@@ -255,7 +255,7 @@ def test_weights_that_are_not_finite_are_never_written(
     save(root, state, 1)
     with torch.no_grad():
         list(state.model.parameters())[-1][1] = value
-    writer = Writer(connect(root), RUN, keep=2)
+    writer = Writer(connect(root), RUN, Retention(keep=2))
     writer.begin(2, state, {})
     with pytest.raises(HeliostatError, match=r"model/2.bias has values .* not finite after step 2"):
         writer.begin(3, state, {})
@@ -278,7 +278,7 @@ def full_disk(limit_bytes: int) -> Iterator[None]:
 def test_a_full_disk_is_named_and_a_later_save_succeeds(root: str, store: Store) -> None:
     model = nn.Linear(1000, 1000)
     large = State(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    writer = Writer(store, RUN, keep=2)
+    writer = Writer(store, RUN, Retention(keep=2))
     writer.begin(1, large, {})
     writer.finish()
     before = checkpoint.committed(store, RUN)
@@ -339,7 +339,7 @@ ATTEMPTS = st.lists(
 def test_retention_keeps_the_newest_and_the_best_and_what_is_being_written(
     attempts: list[Found], keep: int, best: Best | None
 ) -> None:
-    deleted = checkpoint.decide(attempts, keep, best)
+    deleted = checkpoint.decide(attempts, Retention(keep, best))
     kept = [found for found in attempts if found not in deleted]
     committed = [found for found in attempts if found.committed]
     steps = sorted({found.step for found in committed}, reverse=True)
@@ -357,14 +357,14 @@ def test_retention_keeps_the_newest_and_the_best_and_what_is_being_written(
     if best and finite:
         value = (min if best == "lower" else max)(f.metric for f in finite if f.metric is not None)
         assert value in [found.metric for found in kept if found.committed]
-    assert checkpoint.decide(kept, keep, best) == []
+    assert checkpoint.decide(kept, Retention(keep, best)) == []
 
 
 def test_retention_deletes_older_steps_and_leftovers_but_not_the_best(
     root: str, state: State
 ) -> None:
     store = connect(root)
-    writer = Writer(store, RUN, keep=2, best="lower")
+    writer = Writer(store, RUN, Retention(keep=2, best="lower"))
     metrics = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.4}
     for step, metric in metrics.items():
         if step == 4:
@@ -374,6 +374,32 @@ def test_retention_deletes_older_steps_and_leftovers_but_not_the_best(
     writer.finish()
     assert [found.step for found in checkpoint.find(store, RUN)] == [4, 2, 1]
     assert left_of(store) == set(checkpoint.committed(store, RUN))
+
+
+def test_a_checkpoint_that_is_being_scored_stays(root: str, state: State) -> None:
+    store = connect(root)
+    writer = Writer(store, RUN, Retention(keep=1, best="lower", scored_later=True))
+    for step in range(1, 5):
+        writer.begin(step, state, {})
+    writer.finish()
+    keys = {found.step: found.key for found in checkpoint.find(store, RUN)}
+    assert sorted(keys) == [1, 2, 3, 4]
+    checkpoint.record_score(store, keys[2], 0.5)
+    checkpoint.record_score(store, keys[3], 0.7)
+    writer.begin(5, state, {})
+    writer.finish()
+    assert [found.step for found in checkpoint.find(store, RUN)] == [5, 4, 2]
+    assert checkpoint.find_best(store, RUN, "lower") == keys[2]
+
+
+@given(steps=st.lists(st.integers(0, 99), unique=True), keep=st.integers(1, 4))
+def test_without_any_score_the_checkpoints_that_wait_for_one_stay_few(
+    steps: list[int], keep: int
+) -> None:
+    attempts = [Found(str(step), step, committed=True) for step in steps]
+    deleted = checkpoint.decide(attempts, Retention(keep, "lower", scored_later=True))
+    newest = sorted(steps, reverse=True)[: max(keep, checkpoint.MAX_UNSCORED)]
+    assert {found.step for found in attempts if found not in deleted} == set(newest)
 
 
 def test_a_dead_run_s_unfinished_attempts_are_collected(root: str, state: State) -> None:
@@ -390,7 +416,7 @@ def test_a_real_bucket_holds_checkpoints_leases_and_fences(bucket: str, state: S
     for _ in range(2):
         with lease.hold(store, RUN):
             fence = lease.raise_fence(store, RUN)
-            writer = Writer(store, RUN, keep=1, fence=fence)
+            writer = Writer(store, RUN, Retention(keep=1), fence=fence)
             writer.begin(fence.number, state, {})
             writer.finish()
     assert [found.step for found in checkpoint.find(store, RUN)] == [2]
@@ -406,7 +432,7 @@ def test_runs_do_not_see_each_other(root: str, state: State) -> None:
 
 def test_extra_is_taken_when_it_begins(root: str, state: State) -> None:
     extra: dict[str, Any] = {"data": {"version": "abc", "seed": 1}, "best": None}
-    writer = Writer(connect(root), RUN, keep=2)
+    writer = Writer(connect(root), RUN, Retention(keep=2))
     writer.begin(1, state, extra)
     extra["data"]["seed"] = 2
     writer.finish()

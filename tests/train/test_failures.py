@@ -1,18 +1,92 @@
-"""Which restarts of a run's workers count as failures."""
+"""Which ends of a run's workers count as failures, and what is told of them."""
 
-from heliostat.storage import connect
-from heliostat.train.failures import count_start, excuse, read_tally
+from pathlib import Path
 
-KEY = "runs/r/failures/try"
+import pytest
+from ray.exceptions import RayActorError
+from ray.train import PreemptionInfo, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError
+
+from heliostat import spec, storage
+from heliostat.storage import Store
+from heliostat.train.failures import Failures
+from heliostat.train.job import Job, Preempted, failure_key
+
+RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
+DEAD = "The actor died.\n\tactor_id: 1\nIts process was killed: low on memory."
 
 
-def test_what_follows_a_first_start_a_notice_or_growth_is_no_failure(tmp_path: object) -> None:
-    store = connect(str(tmp_path))
-    told = []
-    for workers, excused in [(2, False), (2, True), (1, False), (2, False), (1, False), (1, False)]:
-        told.append(count_start(store, KEY, workers).failures)
-        if excused:
-            excuse(store, KEY)
-    # The first; after a kill; after a notice; grown; a node lost; a kill.
-    assert told == [0, 1, 1, 1, 2, 3]
-    assert read_tally(store, KEY).workers == 1
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return storage.connect(str(tmp_path))
+
+
+@pytest.fixture
+def failures(store: Store) -> Failures:
+    run = spec.parse(
+        {
+            "name": "tiny",
+            "root": store.uri,
+            "data": {"source": "unused"},
+            "model": {"kind": "mlp"},
+            "train": {"max_failures": 2},
+        }
+    )
+    return Failures(Job(run, "tiny", "1", "tiny-1", 10, "try"))
+
+
+def raised(*errors: BaseException) -> TrainingFailedError:
+    wrapped = {
+        rank: UserExceptionWithTraceback(error, "Traceback") for rank, error in enumerate(errors)
+    }
+    return WorkerGroupError("many lines", wrapped)
+
+
+def died(preempted: bool = False) -> TrainingFailedError:
+    error = RayActorError(error_msg=DEAD, preempted=preempted)
+    others = UserExceptionWithTraceback(RuntimeError("connection closed"), "Traceback")
+    return WorkerGroupError("", {0: others, 1: WorkerHealthCheckFailedError("dead", error)})
+
+
+def test_more_failures_than_wanted_end_the_run_in_a_sentence_with_the_last_words(
+    failures: Failures, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_memory = raised(MemoryError("no memory for 3 GiB"))
+    assert [failures.make_decision(no_memory) for _ in range(2)] == [RETRY, RETRY]
+    told = "failure 2 of at most 2, starting again: rank 0: MemoryError: no memory for 3 GiB\n"
+    assert capsys.readouterr().out.endswith(told)
+    assert failures.make_decision(died()) == RAISE
+    sentence = store.read(failure_key("tiny-1")).decode()
+    assert sentence.startswith(
+        "the workers of run tiny-1 failed 3 times, train.max_failures is 2; the last time: rank 1: "
+        "Its process was killed: low on memory; rank 0: RuntimeError: connection closed"
+    )
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        raised(Preempted("saved at step 3")),
+        died(preempted=True),
+        PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [1]})),
+        ControllerError(WorkerGroupStartupTimeoutError(2)),
+    ],
+    ids=["noticed by the worker", "a node was taken", "noticed by Ray", "no place to start"],
+)
+def test_what_was_announced_and_waiting_for_nodes_is_no_failure(
+    failures: Failures, store: Store, end: TrainingFailedError
+) -> None:
+    assert {failures.make_decision(end) for _ in range(9)} == {RETRY}
+    assert store.stat(failure_key("tiny-1")) is None
+
+
+def test_what_a_retry_cannot_mend_is_not_tried_again(failures: Failures, store: Store) -> None:
+    store.write(failure_key("tiny-1"), b"the loss became nan at step 3")
+    assert failures.make_decision(raised(RuntimeError("collateral"))) == RAISE
+    assert store.read(failure_key("tiny-1")) == b"the loss became nan at step 3"

@@ -1,6 +1,5 @@
 """Training on a real cluster: any worker count, killed workers, damaged checkpoints, bad data."""
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,17 +10,20 @@ import psutil
 import pytest
 import ray
 import safetensors.numpy
+import safetensors.torch
 from ray.util.state import list_actors
 
 from datasets import store_images
-from heliostat import spec, storage
-from heliostat.data.manifest import Manifest, data_key
+from heliostat import evaluate, spec, storage
+from heliostat.data import stream
+from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError
 from heliostat.local import Cluster
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
 from heliostat.train import checkpoint
 from heliostat.train.launch import Result, train
+from heliostat.train.reader import read_weights
 
 pytestmark = pytest.mark.cluster
 ROWS = {"train": 150, "validation": 20, "test": 20}
@@ -45,10 +47,7 @@ def make_run(store: Store, **train_section: Any) -> RunSpec:
 
 
 def make_data(store: Store, rows: dict[str, int] = ROWS) -> Manifest:
-    manifest = store_images(store, rows)
-    key = data_key(manifest.name, manifest.version, "manifest.json")
-    store.write(key, json.dumps(manifest.to_json()).encode())
-    return manifest
+    return store_images(store, rows)
 
 
 def weights(result: Result) -> np.ndarray:
@@ -66,7 +65,7 @@ def test_any_worker_count_trains_the_same_model(store: Store) -> None:
 
 def test_a_killed_worker_costs_no_step(store: Store, wait_until: Callable[..., None]) -> None:
     manifest = make_data(store, {"train": 6000})
-    settings: dict[str, Any] = {"epochs": 3, "global_batch": 8, "checkpoint_steps": 100}
+    settings: dict[str, Any] = {"epochs": 1, "global_batch": 8, "checkpoint_steps": 50}
     undisturbed = train(make_run(store, run="calm", **settings), manifest)
 
     with ThreadPoolExecutor(1) as thread:
@@ -78,7 +77,7 @@ def test_a_killed_worker_costs_no_step(store: Store, wait_until: Callable[..., N
         assert newest.step < undisturbed.step
         result = pending.result()
     assert not victim.is_running()
-    assert result.step == undisturbed.step == 3 * 750
+    assert result.step == undisturbed.step == 750
     np.testing.assert_array_equal(weights(result), weights(undisturbed))
 
 
@@ -95,6 +94,43 @@ def test_workers_on_two_nodes_train_the_same_model(
     workers = list_actors(filters=[("class_name", "=", "RayTrainWorker")])
     assert len({worker.node_id for worker in workers}) == 2
     np.testing.assert_allclose(weights(alone), weights(both), atol=1e-6)
+
+
+def test_a_run_is_steered_by_its_validations_alike_on_one_worker_and_two(store: Store) -> None:
+    manifest = make_data(store)
+    # Nothing improves on the first validation by so much.
+    stop = {"patience": 2, "min_delta": 100.0}
+    schedule = {"kind": "plateau", "patience": 1}
+    settings = {"validate_steps": 5, "ema": 0.9, "stop": stop, "schedule": schedule}
+    one = train(make_run(store, workers=1, run="one", **settings), manifest)
+    two = train(make_run(store, workers=2, run="two", **settings), manifest)
+    assert one.step == two.step == 15
+    np.testing.assert_allclose(weights(one), weights(two), atol=1e-6)
+
+
+def test_the_best_of_the_checkpoints_scored_beside_a_run_is_what_it_gives(store: Store) -> None:
+    manifest = make_data(store)
+    wild = {"kind": "sgd", "lr": 3.0}
+    settings = {"checkpoint_steps": 2, "validate_async": True, "optimizer": wild}
+    run = make_run(store, run="beside", **settings)
+    result = train(run, manifest)
+    assert result.step == 20
+    losses = {}
+    for found in checkpoint.find(store, "beside"):
+        tensors = safetensors.torch.save(read_weights(store, found.key).tensors)
+        predictor = evaluate.make_predictor(run.model, manifest.features, manifest.output, tensors)
+        rows = stream.read_split(store, manifest, "validation", 64)
+        losses[evaluate.score(predictor, rows).metrics["loss"]] = tensors
+    assert len(losses) >= run.train.keep_checkpoints
+    assert result.weights == losses[min(losses)]
+    assert train(run, manifest) == result
+
+
+def test_a_validation_without_rows_is_refused(store: Store) -> None:
+    manifest = make_data(store, {"train": 150, "validation": 0})
+    for key, value in {"validate_steps": 5, "validate_async": True}.items():
+        with pytest.raises(HeliostatError, match=r"the validation split, which has no rows"):
+            train(make_run(store, **{key: value}), manifest)
 
 
 def find_worker() -> psutil.Process:

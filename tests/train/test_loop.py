@@ -14,6 +14,7 @@ from heliostat.signature import Classes, Numbers, Output, Signature, Vector
 from heliostat.spec import MlpSpec, OptimizerSpec
 from heliostat.storage import connect
 from heliostat.train import loop
+from heliostat.train.checkpoint import Retention
 from heliostat.train.optim import build_optimizer
 from heliostat.train.reader import read_newest
 from heliostat.train.state import State, name_tensors
@@ -72,7 +73,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(optimizer: OptimizerSpec, tmp_p
     first, first_state = make(optimizer)
     list(loop.fit(first, TASK, first_state, batches(range(11)), RECIPE))
     store = connect(str(tmp_path))
-    writer = Writer(store, "run", keep=2)
+    writer = Writer(store, "run", Retention(keep=2))
     writer.begin(11, State(first, first_state), {})
     writer.finish()
     resumed, resumed_state = make(optimizer)

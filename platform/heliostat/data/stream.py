@@ -245,7 +245,7 @@ def _checked(block: pa.Table) -> pa.Table:
 
 def _weigh(rows: pa.Table) -> int:
     """A row weighs 1 if it does not say."""
-    return int(pc.sum(rows[WEIGHT]).as_py()) if WEIGHT in rows.column_names else rows.num_rows
+    return pc.sum(rows[WEIGHT]).as_py() or 0 if WEIGHT in rows.column_names else rows.num_rows
 
 
 def _columns(manifest: Manifest, table: pa.Table) -> Columns:

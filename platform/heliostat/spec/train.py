@@ -92,6 +92,9 @@ class TrainSpec(Section):
     `global_batch` is the rows of one optimiser step over all workers; `micro_batch` the rows that
     one worker has in flight, `auto` finds the largest that fits, None takes its whole share. A
     worker that makes no step for `hang_seconds` says where it stands and is restarted.
+
+    Every `validate_steps` the run waits for a validation, which steers it and ranks checkpoints;
+    with `validate_async` it goes on, and its checkpoints are scored beside it.
     """
 
     run: str | None = None
@@ -109,6 +112,7 @@ class TrainSpec(Section):
     ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
     stop: StopSpec = StopSpec()
     validate_steps: Positive | None = None
+    validate_async: bool = False
     strategy: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     recompute: bool = False
@@ -149,6 +153,11 @@ class TrainSpec(Section):
             raise ValueError(
                 "schedule plateau, stop.metric and stop.patience read a validation: "
                 "set validate_steps"
+            )
+        if self.validate_steps and self.validate_async:
+            raise ValueError(
+                "give validate_steps, for a validation that steers the run, or validate_async, for "
+                "one that ranks its checkpoints, not both"
             )
         return self
 

@@ -21,7 +21,8 @@ Best = Literal["lower", "higher"]
 
 FORMAT = 1
 _DIRECTORY = re.compile(r"(?P<step>\d{8})-\d{6}-[0-9a-f]{8}")
-_MANIFEST, _COMMITTED = "manifest.json", "COMMITTED"
+_MANIFEST, _COMMITTED, _SCORE = "manifest.json", "COMMITTED", "score.json"
+MAX_UNSCORED = 8
 
 
 class Corrupt(HeliostatError):
@@ -72,12 +73,33 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Found:
-    """An attempt to write a checkpoint, as retention sees it."""
+    """An attempt to write a checkpoint, as retention sees it.
+
+    `scored` says that its metric came after its commit, see `record_score`.
+    """
 
     key: str
     step: int
     committed: bool
     metric: float | None = None
+    scored: bool = False
+
+    @property
+    def awaits_score(self) -> bool:
+        return self.committed and not self.scored
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What stays: the checkpoints of the `keep` newest steps, and the best by metric.
+
+    With `scored_later` also those that are newer than the newest with a metric, at most
+    MAX_UNSCORED: one of them is being scored, any of them may be the best.
+    """
+
+    keep: int
+    best: Best | None = None
+    scored_later: bool = False
 
 
 def make_key(run: str, step: int, fence: int = 0) -> str:
@@ -128,27 +150,38 @@ def committed(store: Store, run: str) -> list[str]:
 
 def find(store: Store, run: str) -> list[Found]:
     """Every attempt of `run`, the highest step first; their metrics are not read."""
-    done: dict[str, bool] = {}
+    names: dict[str, set[str]] = {}
     for entry in store.list(_prefix(run)):
         key, _, name = entry.key.rpartition("/")
         if _DIRECTORY.fullmatch(key.rpartition("/")[2]):
-            done[key] = done.get(key, False) or name == _COMMITTED
-    return [Found(key, _step(key), done[key]) for key in sorted(done, reverse=True)]
+            names.setdefault(key, set()).add(name)
+    return [
+        Found(key, _step(key), _COMMITTED in names[key], scored=_SCORE in names[key])
+        for key in sorted(names, reverse=True)
+    ]
 
 
-def decide(attempts: Iterable[Found], keep: int, best: Best | None = None) -> list[Found]:
+def record_score(store: Store, key: str, metric: float) -> None:
+    """Give the committed checkpoint at `key` the metric that it is ranked by."""
+    store.write(f"{key}/{_SCORE}", json.dumps({"metric": metric}).encode())
+
+
+def decide(attempts: Iterable[Found], retention: Retention) -> list[Found]:
     """Which attempts to delete once a checkpoint was committed.
 
-    Kept are the `keep` newest steps, the best by metric (of equals the newest), and what is not
-    committed but newer than all that is, which a writer may be at. Without a committed checkpoint
+    Beside what `retention` says, what is not committed but newer than all that is stays, as a
+    writer may be at it; of equal metrics the newest is the best. Without a committed checkpoint
     nothing is deleted.
     """
     attempts = list(attempts)
     steps = sorted({found.step for found in attempts if found.committed}, reverse=True)
     if not steps:
         return []
-    kept = {*steps[:keep]}
-    winner = _find_best(attempts, best)
+    kept = {*steps[: retention.keep]}
+    if retention.scored_later:
+        scored = [found.step for found in attempts if found.committed and found.metric is not None]
+        kept |= {step for step in steps[:MAX_UNSCORED] if step > max(scored, default=-1)}
+    winner = _find_best(attempts, retention.best)
     return [
         found
         for found in attempts
@@ -160,12 +193,12 @@ def decide(attempts: Iterable[Found], keep: int, best: Best | None = None) -> li
     ]
 
 
-def retain(store: Store, run: str, keep: int, best: Best | None = None) -> None:
+def retain(store: Store, run: str, retention: Retention) -> None:
     """Delete what `decide` says."""
     attempts = find(store, run)
-    if best:
+    if retention.best:
         attempts = [replace(found, metric=_metric(store, found)) for found in attempts]
-    for found in decide(attempts, keep, best):
+    for found in decide(attempts, retention):
         discard(store, found.key)
 
 
@@ -212,6 +245,9 @@ def _metric(store: Store, found: Found) -> float | None:
     if not found.committed:
         return None
     try:
+        if found.scored:
+            metric: float = json.loads(_read(store, f"{found.key}/{_SCORE}"))["metric"]
+            return metric
         return read_manifest(store, found.key).metric
     except Corrupt:
         return None

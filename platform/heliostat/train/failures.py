@@ -1,43 +1,95 @@
-"""How often the workers of a run failed: not every restart is one."""
+"""Which ends of a run's workers count as failures, and what is told of them."""
 
-import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
 
-from heliostat.storage import Store
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.failure_handling import (
+    DefaultFailurePolicy,
+    FailureDecision,
+)
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from heliostat import storage
+from heliostat.train.job import Job, Preempted, failure_key
+
+MAX_TOLD = 2
+MAX_WORDS = 300
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Failures up to the last start, which was one of `workers` workers.
+class Failures(DefaultFailurePolicy):  # type: ignore[misc]
+    """Has the workers of a run start again until they failed more than `train.max_failures` times.
 
-    `excused` is an end that was announced, as that of a node on the spot market.
+    An end that a node's notice brought is no failure, and what a retry cannot mend is not tried
+    again: the worker has then written down why.
     """
 
-    failures: int = 0
-    workers: int = 0
-    excused: bool = False
+    def __init__(self, job: Job) -> None:
+        super().__init__(ray.train.FailureConfig(max_failures=-1))
+        self._job = job
+        self._failed = 0
 
-    def start(self, workers: int) -> "Tally":
-        """The tally at the next start. A group that grew was stopped in order to grow."""
-        failed = 0 < workers <= self.workers and not self.excused
-        return Tally(self.failures + failed, workers)
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        decision = super().make_decision(training_failed_error)
+        if not isinstance(training_failed_error, WorkerGroupError):
+            return decision
+        errors = unwrap(training_failed_error.worker_failures)
+        if any(map(_was_announced, errors.values())):
+            return decision
+        store = storage.connect(self._job.spec.root)
+        if store.stat(failure_key(self._job.run)):
+            return FailureDecision.RAISE
+        self._failed += 1
+        run, most, told = self._job.run, self._job.spec.train.max_failures, describe(errors)
+        if self._failed > most:
+            sentence = (
+                f"the workers of run {run} failed {self._failed} times, train.max_failures is "
+                f"{most}; the last time: {told}: submit the job again to go on from the last "
+                "checkpoint"
+            )
+            store.write(failure_key(run), sentence.encode())
+            return FailureDecision.RAISE
+        print(f"failure {self._failed} of at most {most}, starting again: {told}", flush=True)
+        return decision
 
 
-def count_start(store: Store, key: str, workers: int) -> Tally:
-    """The tally at `key` with one more start of `workers` workers."""
-    tally = read_tally(store, key).start(workers)
-    _write(store, key, tally)
-    return tally
+def unwrap(errors: Mapping[int, BaseException]) -> dict[int, BaseException]:
+    """What happened to each rank, without what Ray wraps around it."""
+    return {rank: _unwrap(error) for rank, error in errors.items()}
 
 
-def excuse(store: Store, key: str) -> None:
-    """The end that comes now is no failure."""
-    _write(store, key, replace(read_tally(store, key), excused=True))
+def describe(errors: Mapping[int, BaseException]) -> str:
+    """`rank 1: RuntimeError: no memory`, dead workers first: others fail because of them."""
+    ranks = sorted(errors, key=lambda rank: (not isinstance(errors[rank], RayActorError), rank))
+    told = [f"rank {rank}: {_words(errors[rank])}" for rank in ranks[:MAX_TOLD]]
+    more = len(ranks) - MAX_TOLD
+    return "; ".join(told) + f"; and {more} more" * (more > 0)
 
 
-def read_tally(store: Store, key: str) -> Tally:
-    return Tally(**json.loads(store.read(key))) if store.stat(key) else Tally()
+def _unwrap(error: BaseException) -> BaseException:
+    match error:
+        case UserExceptionWithTraceback():
+            return error._base_exc  # type: ignore[no-any-return]
+        case WorkerHealthCheckFailedError():
+            return error.health_check_failure  # type: ignore[no-any-return]
+    return error
 
 
-def _write(store: Store, key: str, tally: Tally) -> None:
-    store.write(key, json.dumps(asdict(tally)).encode())
+def _was_announced(error: BaseException) -> bool:
+    return isinstance(error, Preempted) or (isinstance(error, RayActorError) and error.preempted)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, RayActorError):
+        return " ".join(_reasons(str(error))).rstrip(".")[:MAX_WORDS]
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"[:MAX_WORDS]
+
+
+def _reasons(told: str) -> Iterator[str]:
+    """What Ray says of a dead actor, without the lines that identify it."""
+    yield from (line for line in told.splitlines()[1:] if not line.startswith("\t"))

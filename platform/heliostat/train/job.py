@@ -21,9 +21,9 @@ class Job:
         """The name of the actor that hands out the rows."""
         return f"{self.run}-{self.submission}"
 
-    @property
-    def failures_key(self) -> str:
-        return f"runs/{self.run}/failures/{self.submission}"
+
+class Preempted(Exception):
+    """The run is saved up to this step, because a node of its workers will be taken away."""
 
 
 def result_key(run: str) -> str:

@@ -1,5 +1,6 @@
 """A run from its driver: workers of Ray Train that get their rows from Ray Data."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -9,12 +10,6 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import (
-    PlacementGroupCleanerCallback,
-)
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from heliostat import spec, storage
 from heliostat.data import stream
@@ -26,9 +21,12 @@ from heliostat.errors import HeliostatError
 from heliostat.spec import RunSpec
 from heliostat.spec.difference import refuse_changes
 from heliostat.storage import Conflict, Store
-from heliostat.train import checkpoint, lease
+from heliostat.train import checkpoint, lease, scoring
 from heliostat.train.checkpoint import Corrupt
+from heliostat.train.failures import Failures
 from heliostat.train.job import Job, failure_key, result_key
+from heliostat.train.scoring import Scorer
+from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
 
 RESIZE_SECONDS = 30.0
 
@@ -86,9 +84,11 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
     ray.init(ignore_reinit_error=True)
     submission = ray.get_runtime_context().get_job_id()
     with lease.hold(store, name, job=submission):
-        if (done := _finished(store, name, steps)) is not None:
+        scorer = Scorer(run, manifest, name) if run.train.validate_async else None
+        if (done := _finished(store, name, steps, scorer)) is not None:
             print(f"run {name} has ended at step {done.step:,} before", flush=True)
             return done
+        _check_validation(run, manifest)
         _check_cluster(run)
         print(
             f"run {name}: {steps:,} steps of {run.train.global_batch} rows, "
@@ -96,23 +96,33 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
             flush=True,
         )
         job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
-        _run_workers(job, store, manifest, order)
-    if (result := _finished(store, name, steps)) is None:
-        raise HeliostatError(_failure(store, name))
+        with scoring.follow(scorer) if scorer else contextlib.nullcontext():
+            _run_workers(job, store, manifest, order)
+        if (result := _finished(store, name, steps, scorer)) is None:
+            raise HeliostatError(_failure(store, name))
     return result
 
 
+def _check_validation(run: RunSpec, manifest: Manifest) -> None:
+    if (run.train.validate_steps or run.train.validate_async) and not manifest.rows["validation"]:
+        raise HeliostatError(
+            "train.validate_steps and train.validate_async read the validation split, which has no "
+            "rows: set data.split.validation and prepare the data again, or leave them out"
+        )
+
+
 def _check_cluster(run: RunSpec) -> None:
-    total = ray.cluster_resources()
-    check_cpus(int(total.get("CPU", 0)), run.train.fewest_workers, run.train.cpus_per_worker)
-    gpus = run.train.fewest_workers * run.train.gpus_per_worker
+    train, total = run.train, ray.cluster_resources()
+    workers, scoring = train.fewest_workers, train.validate_async
+    check_cpus(int(total.get("CPU", 0)), workers, train.cpus_per_worker, scoring)
+    gpus = workers * train.gpus_per_worker
     if gpus > total.get("GPU", 0):
         raise HeliostatError(
-            f"train.workers={run.train.fewest_workers} x {run.train.gpus_per_worker} GPU need "
-            f"{gpus} GPUs, the cluster has {total.get('GPU', 0):g}: lower train.workers or "
-            "train.gpus_per_worker, or use a larger cluster"
+            f"train.workers={workers} x {train.gpus_per_worker} GPU need {gpus} GPUs, the cluster "
+            f"has {total.get('GPU', 0):g}: lower train.workers or train.gpus_per_worker, or use a "
+            "larger cluster"
         )
-    say_if_waiting(run.train.fewest_workers * run.train.cpus_per_worker + 1)
+    say_if_waiting(workers * train.cpus_per_worker + 1 + scoring)
 
 
 def _say_workers(run: RunSpec) -> str:
@@ -150,21 +160,18 @@ def _fit(job: Job) -> None:
     for setting in TRAIN:
         os.environ.setdefault(setting.name, setting.value)
     fewest, most = train.fewest_workers, train.most_workers
-    trainer = _Trainer(
+    trainer = Trainer(
         _work,
         train_loop_config={"job": job},
-        backend_config=_BackendConfig(),
+        backend_config=MeetingConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=train.gpus_per_worker > 0,
             resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
-        run_config=ray.train.RunConfig(
-            name=job.run,
-            # How often is counted in the bucket: an end that a node's notice caused is no failure.
-            failure_config=ray.train.FailureConfig(max_failures=-1),
-        ),
+        run_config=ray.train.RunConfig(name=job.run, storage_path=find_scratch()),
+        failures=Failures(job),
     )
     trainer.fit()
 
@@ -174,35 +181,6 @@ def _work(config: dict[str, Any]) -> None:
     from heliostat.train.worker import work
 
     work(config["job"])
-
-
-class _Trainer(DataParallelTrainer):  # type: ignore[misc]
-    """Without two actors that Ray starts, each for a second of two cores: one manages data sets
-    that are passed to Ray, one cleans up after a dead controller, as the end of the job does."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, idle)
-        ]
-
-
-class _Backend(Backend):  # type: ignore[misc]
-    """Workers meet by themselves in `worker`; on a node each sees the GPUs of all, as NCCL wants.
-
-    Ray's own `TorchConfig` imports PyTorch in the driver and the controller, which have no use for
-    it before the first step.
-    """
-
-    share_cuda_visible_devices = True
-
-
-class _BackendConfig(BackendConfig):  # type: ignore[misc]
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _Backend
 
 
 def _describe(run: RunSpec, manifest: Manifest) -> dict[str, Any]:
@@ -230,7 +208,7 @@ def _register(store: Store, name: str, described: dict[str, Any], force: bool) -
         refuse_changes(name, json.loads(store.read(key)), described)
 
 
-def _finished(store: Store, name: str, steps: int) -> Result | None:
+def _finished(store: Store, name: str, steps: int, scorer: Scorer | None) -> Result | None:
     """What the run left, if it has ended and was not asked for more steps since."""
     if store.stat(result_key(name)) is None:
         return None
@@ -242,8 +220,9 @@ def _finished(store: Store, name: str, steps: int) -> Result | None:
 
     from heliostat.train.reader import read_weights
 
+    best = scorer.find_best() if scorer else None
     try:
-        weights = read_weights(store, document["checkpoint"])
+        weights = read_weights(store, best or document["checkpoint"])
     except Corrupt:
         return None
     data = safetensors.torch.save(weights.tensors)

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -21,9 +21,10 @@ from heliostat.models.cost import measure_cost
 from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks
 from heliostat.train import checkpoint, goodput, loop
+from heliostat.train.checkpoint import Best, Retention
 from heliostat.train.ema import Average
 from heliostat.train.goodput import CHECKPOINT, VALIDATION, Ledger
-from heliostat.train.job import Job, result_key
+from heliostat.train.job import Job, Preempted, result_key
 from heliostat.train.lease import raise_fence
 from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer, rate_at
@@ -60,10 +61,6 @@ class Place:
     noticed: Callable[[], bool] = lambda: False
     live: Sequence[Sink] = ()
     waited: dict[str, float] = field(default_factory=dict)
-
-
-class Preempted(Exception):
-    """The run is saved up to this step, because a node of its workers will be taken away."""
 
 
 @dataclass
@@ -126,9 +123,7 @@ class _Worker:
         self._micro_batch = self._choose_micro_batch()
         self._position = self._restore()
         self._resumed = time.monotonic() - self._position.seconds
-        best = self._best if self._train.validate_steps else None
-        keep = self._train.keep_checkpoints
-        self._writer = Writer(self._store, job.run, keep=keep, best=best, fence=fence)
+        self._writer = Writer(self._store, job.run, self._retention, fence=fence)
         self._recipe = loop.Recipe(
             rate=self._rate,
             seed=self._train.seed,
@@ -164,8 +159,14 @@ class _Worker:
         return self._ranks.rank == 0
 
     @property
-    def _best(self) -> Literal["lower", "higher"]:
+    def _best(self) -> Best:
         return "higher" if watched(self._train) in HIGHER_IS_BETTER else "lower"
+
+    @property
+    def _retention(self) -> Retention:
+        keep, later = self._train.keep_checkpoints, self._train.validate_async
+        best = self._best if self._train.validate_steps or later else None
+        return Retention(keep, best, scored_later=later)
 
     @property
     def _rank_rows(self) -> int:

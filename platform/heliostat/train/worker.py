@@ -13,19 +13,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from heliostat import storage
 from heliostat.data import stream
 from heliostat.errors import HeliostatError
-from heliostat.storage import Store
-from heliostat.train import failures
 from heliostat.train.gauges import Gauges
 from heliostat.train.job import Job, failure_key
 from heliostat.train.loop import Ranks
-from heliostat.train.rank import Place, Preempted, train_rank
+from heliostat.train.rank import Place, train_rank
 
 
 def work(job: Job) -> None:
     """Train one rank; a failure that a retry cannot mend is written down and ends the run."""
-    store = storage.connect(job.spec.root)
-    if store.stat(failure_key(job.run)):
-        return
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     device = _find_device(job.spec.train.gpus_per_worker)
@@ -40,16 +35,10 @@ def work(job: Job) -> None:
     # Said once by every worker of a network with one input channel; it costs nothing here.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
-        if ranks.rank == 0:
-            _count_start(store, job, ranks.world_size)
         _join(ranks, device)
         train_rank(job, place)
     except HeliostatError as error:
-        store.write(failure_key(job.run), str(error).encode())
-        raise
-    except Preempted:
-        if ranks.rank == 0:
-            failures.excuse(store, job.failures_key)
+        storage.connect(job.spec.root).write(failure_key(job.run), str(error).encode())
         raise
     distributed.destroy_process_group()
 
@@ -87,14 +76,3 @@ def _is_preempted() -> bool:
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info is not None
-
-
-def _count_start(store: Store, job: Job, workers: int) -> None:
-    failed = failures.count_start(store, job.failures_key, workers).failures
-    most = job.spec.train.max_failures
-    if failed > most:
-        raise HeliostatError(
-            f"the workers of run {job.run} failed {failed} times, train.max_failures is {most}: "
-            "the job's log has their last words; submit the job again to go on from the last "
-            "checkpoint"
-        )

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store
 from heliostat.train import checkpoint, pieces
-from heliostat.train.checkpoint import Best, File, Manifest, Piece, Stored
+from heliostat.train.checkpoint import File, Manifest, Piece, Retention, Stored
 from heliostat.train.lease import Fence
 from heliostat.train.peers import Peers, open_peers
 from heliostat.train.state import OPTIMIZER, State, name_tensors, take_local
@@ -42,22 +42,20 @@ class Saved:
 class Writer:
     """Writes checkpoints of a run while it goes on; every rank has one and calls it alike.
 
-    `keep` and `best` are what `checkpoint.decide` retains by. `saved` is the newest that was
-    committed. With a `fence` on rank 0, a writer that another has followed commits
-    nothing any more.
+    `saved` is the newest that was committed. With a `fence` on rank 0, a writer that another has
+    followed commits nothing any more.
     """
 
     def __init__(
         self,
         store: Store,
         run: str,
+        retention: Retention,
         *,
-        keep: int,
-        best: Best | None = None,
         fence: Fence | None = None,
     ) -> None:
         self.saved: Saved | None = None
-        self._store, self._run, self._keep, self._best = store, run, keep, best
+        self._store, self._run, self._retention = store, run, retention
         self._fence = fence
         self._peers = open_peers()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -127,7 +125,7 @@ class Writer:
         if self._fence:
             self._fence.check()
         checkpoint.commit(self._store, key, manifest)
-        _try(lambda: checkpoint.retain(self._store, self._run, self._keep, self._best))
+        _try(lambda: checkpoint.retain(self._store, self._run, self._retention))
 
 
 def _try(act: Callable[[], None]) -> None:
