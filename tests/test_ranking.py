@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from torch import Tensor, nn
 
+from heliostat.data.encoding import encode
 from heliostat.data.features import IdColumn, NumericColumn, TableFeatures, input_of
 from heliostat.evaluate import Predictor
-from heliostat.evaluate.ranking import can_rank, measure_ranks, rank_items, render
+from heliostat.evaluate.ranking import Beside, can_rank, measure_ranks, rank_items, render
 from heliostat.models.tasks import choose_task
 from heliostat.signature import Classes, Numbers, Output, Signature
 
@@ -124,11 +125,36 @@ def test_classes_are_ranked_by_the_second() -> None:
     assert (ranked["ranked_users"], ranked["hit_rate@10"]) == (2, 0.5)
 
 
+class ByInputs(nn.Module):
+    """Of the three inputs the first puts item 10 on top, the third would turn everything round."""
+
+    def forward(self, ids_N2: Tensor, inputs_N3: Tensor) -> Tensor:
+        scores_N3 = torch.tensor([100.0, 0.0, -1e6]) * inputs_N3 * ids_N2[:, 1:]
+        return scores_N3.sum(dim=1, keepdim=True)
+
+
+def test_what_an_item_has_in_all_rows_goes_with_it_and_what_varies_is_held_at_the_mean() -> None:
+    columns = [NumericColumn(name, 0.0, 1.0, False) for name in ("length", "age", "time")]
+    predictor = make_predictor(TableFeatures((USER, ITEM, *columns)), network=ByInputs())
+    known = make_rows(("a", "10", 1.0), ("b", "10", 1.0), ("a", "9", 1.0), ("b", "9", 1.0))
+    # length goes with the item, age with the user, the mean of time is 0.
+    known["numbers"] = np.array([[3.0, 1, 5], [3, 2, -5], [-1, 1, -5], [-1, 2, 5]])
+    test = make_rows(("c", "10", 5.0), ("b", "1", 5.0))
+    test["numbers"] = np.array([[3.0, 4, 7], [0, 2, 7]])
+    beside = Beside(3, 12, 3)
+    beside.add(*encode(predictor.features, known))
+    of_users, of_items = beside.split()
+    assert of_items[ITEM.values.index("10") + 1].tolist() == [3, 0, 0]
+    assert of_items[ITEM.values.index("9") + 1].tolist() == [-1, 0, 0]
+    assert of_users[1:].tolist() == [[0, 1, 0], [0, 2, 0], [0, 1.5, 0]]
+    ranked = rank_items(predictor, [known], [test])
+    assert (ranked["ranked_users"], ranked["hit_rate@10"]) == (2, 1.0)
+
+
 @pytest.mark.parametrize(
     ("columns", "output"),
     [
         ((USER,), RATING),
-        ((USER, ITEM, NumericColumn("age", 0.0, 1.0, False)), RATING),
         ((USER, NumericColumn("age", 0.0, 1.0, False)), RATING),
         ((USER, ITEM), Numbers(("a", "b"), (0.0, 0.0), (1.0, 1.0))),
         ((USER, ITEM), Classes(("a", "b", "c"))),
