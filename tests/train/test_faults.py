@@ -144,23 +144,6 @@ def test_what_happens_to_a_rank_costs_no_step(
 
 
 @pytest.mark.soak
-def test_a_killed_controller_ends_in_a_sentence_and_the_next_try_goes_on(
-    store: Store, manifest: Manifest, calm: NDArray[np.float32], tmp_path: Path, wait_until: Wait
-) -> None:
-    journal = tmp_path / "journal"
-    run = make_run(store, journal, {}, run="hurt")
-    with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(train, run, manifest)
-        wait_until(lambda: checkpoint.committed(store, "hurt") or pending.done(), 120)
-        find_actor("TrainController").kill()
-        try:
-            result = pending.result(timeout=120)
-        except HeliostatError:
-            result = train(run, manifest)
-    np.testing.assert_array_equal(weights(result), calm)
-
-
-@pytest.mark.soak
 def test_a_second_live_writer_is_refused_by_the_name_of_the_first(
     store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait
 ) -> None:
@@ -356,9 +339,18 @@ def kill_supervisor(job: str) -> None:
     find_actor("JobSupervisor").kill()
 
 
+def kill_controller(job: str) -> None:
+    find_actor("TrainController").kill()
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    ("end", "status"), [(stop_job, JobStatus.STOPPED), (kill_supervisor, JobStatus.FAILED)]
+    ("end", "status", "told"),
+    [
+        (stop_job, JobStatus.STOPPED, ""),
+        (kill_supervisor, JobStatus.FAILED, ""),
+        (kill_controller, JobStatus.FAILED, "Ray's controller of run again died: submit the job"),
+    ],
 )
 def test_a_job_that_ends_leaves_the_last_commit_and_the_next_goes_on(
     store: Store,
@@ -368,6 +360,7 @@ def test_a_job_that_ends_leaves_the_last_commit_and_the_next_goes_on(
     wait_until: Wait,
     end: Callable[[str], None],
     status: JobStatus,
+    told: str,
 ) -> None:
     journal = tmp_path / "journal"
     run = make_run(store, journal, {"act": "pause", "step": 120}, run="again")
@@ -378,6 +371,7 @@ def test_a_job_that_ends_leaves_the_last_commit_and_the_next_goes_on(
     workers = [actor.pid for actor in list_actors(filters=[("class_name", "=", "RayTrainWorker")])]
     end(job)
     wait_until(lambda: jobs.get_job_status(job) == status, 60)
+    assert told in jobs.get_job_logs(job)
     wait_until(lambda: not any(map(psutil.pid_exists, workers)))
     kept = checkpoint.find(store, "again")
     assert 50 <= kept[0].step <= 100
