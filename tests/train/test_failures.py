@@ -69,6 +69,14 @@ def test_more_failures_than_wanted_end_the_run_in_a_sentence_with_the_last_words
     )
 
 
+def test_a_worker_that_dies_while_it_starts_is_a_failure(
+    failures: Failures, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failures.make_decision(ControllerError(RayActorError(error_msg=DEAD))) == RETRY
+    assert "failure 1 of at most 2" in capsys.readouterr().out
+    assert failures.make_decision(ControllerError(RuntimeError("a bug"))) == RAISE
+
+
 @pytest.mark.parametrize(
     "end",
     [

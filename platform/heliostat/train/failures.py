@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerHealthCheckFailedError,
@@ -12,11 +12,12 @@ from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
 )
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from heliostat import storage
 from heliostat.train.job import Job, Preempted, failure_key
 
+DEATHS = (RayActorError, OutOfMemoryError)
 MAX_TOLD = 2
 MAX_WORDS = 300
 
@@ -34,12 +35,9 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
         self._failed = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        decision = super().make_decision(training_failed_error)
-        if not isinstance(training_failed_error, WorkerGroupError):
-            return decision
-        errors = unwrap(training_failed_error.worker_failures)
-        if any(map(_was_announced, errors.values())):
-            return decision
+        errors = find_ends(training_failed_error)
+        if not errors or any(map(_was_announced, errors.values())):
+            return super().make_decision(training_failed_error)
         store = storage.connect(self._job.spec.root)
         if store.stat(failure_key(self._job.run)):
             return FailureDecision.RAISE
@@ -54,19 +52,24 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
             store.write(failure_key(run), sentence.encode())
             return FailureDecision.RAISE
         print(f"failure {self._failed} of at most {most}, starting again: {told}", flush=True)
-        return decision
+        return FailureDecision.RETRY
 
 
-def unwrap(errors: Mapping[int, BaseException]) -> dict[int, BaseException]:
-    """What happened to each rank, without what Ray wraps around it."""
-    return {rank: _unwrap(error) for rank, error in errors.items()}
+def find_ends(error: TrainingFailedError) -> dict[str, BaseException]:
+    """What happened to which worker, without what Ray wraps around it; nothing if to none."""
+    match error:
+        case WorkerGroupError():
+            return {f"rank {rank}": _unwrap(end) for rank, end in error.worker_failures.items()}
+        case ControllerError() if isinstance(error.controller_failure, DEATHS):
+            return {"a worker that started": error.controller_failure}
+    return {}
 
 
-def describe(errors: Mapping[int, BaseException]) -> str:
+def describe(ends: Mapping[str, BaseException]) -> str:
     """`rank 1: RuntimeError: no memory`, dead workers first: others fail because of them."""
-    ranks = sorted(errors, key=lambda rank: (not isinstance(errors[rank], RayActorError), rank))
-    told = [f"rank {rank}: {_words(errors[rank])}" for rank in ranks[:MAX_TOLD]]
-    more = len(ranks) - MAX_TOLD
+    order = sorted(ends, key=lambda worker: (not isinstance(ends[worker], DEATHS), worker))
+    told = [f"{worker}: {_words(ends[worker])}" for worker in order[:MAX_TOLD]]
+    more = len(order) - MAX_TOLD
     return "; ".join(told) + f"; and {more} more" * (more > 0)
 
 

@@ -29,6 +29,7 @@ from heliostat.train.scoring import Scorer
 from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
 
 RESIZE_SECONDS = 30.0
+MAX_WORDS = 300
 
 # What may change between two tries of the same run.
 _NOT_IDENTITY = {
@@ -139,7 +140,7 @@ def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> No
     try:
         _fit(job)
     except ray.train.TrainingFailedError as error:
-        raise HeliostatError(_failure(store, job.run)) from error
+        raise HeliostatError(_failure(store, job.run, error)) from error
     except RayActorError as error:
         raise HeliostatError(
             f"Ray's controller of run {job.run} died: submit the job again to go on from the last "
@@ -229,7 +230,8 @@ def _finished(store: Store, name: str, steps: int, scorer: Scorer | None) -> Res
     return Result(name, document["step"], document["metrics"], data)
 
 
-def _failure(store: Store, name: str) -> str:
+def _failure(store: Store, name: str, error: Exception | None = None) -> str:
     if store.stat(failure_key(name)):
         return store.read(failure_key(name)).decode()
-    return f"run {name} ended without a result: look at the job's log for the workers' last words"
+    words = f" ({' '.join(str(error).split())[:MAX_WORDS]})" if error else ""
+    return f"run {name} ended without a result{words}: look at the job's log for more"
