@@ -75,12 +75,12 @@ def read_curve(store: Store, name: str) -> dict[int, float]:
 
 
 def compare(calm: dict[int, float], killed: dict[int, float]) -> None:
-    """Raises HeliostatError if the curves differ in a point."""
+    """Raises HeliostatError if the curves differ; the kill may cost the point that it came upon."""
     print(f"{'step':>8}  {'undisturbed':>14}  {'killed':>14}")
     for step in sorted({*calm, *killed}):
         losses = [curve.get(step, float("nan")) for curve in (calm, killed)]
         print(f"{step:>8,}  {losses[0]:>14.9f}  {losses[1]:>14.9f}")
-    if calm != killed:
+    if not killed.items() <= calm.items() or len(killed) < len(calm) - 1:
         raise HeliostatError("the two curves differ")
 
 

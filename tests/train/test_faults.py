@@ -148,7 +148,7 @@ def test_what_happens_to_a_rank_costs_no_step(
     assert 300 <= count_passes(journal) <= 300 + repeated + 1
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 def test_a_second_live_writer_is_refused_by_the_name_of_the_first(
     store: Store, manifest: Manifest, tmp_path: Path, wait_until: Wait
 ) -> None:
@@ -163,7 +163,7 @@ def test_a_second_live_writer_is_refused_by_the_name_of_the_first(
         assert pending.result().step == 300
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 @pytest.mark.parametrize("hangs", [False, True], ids=["a node that dies", "a node that hangs"])
 def test_a_run_shrinks_when_a_node_goes(
     store: Store,
@@ -201,7 +201,7 @@ def test_a_run_shrinks_when_a_node_goes(
     assert checkpoint.find(store, "hurt") == kept
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 def test_a_run_grows_when_a_node_comes_and_that_is_no_failure(
     store: Store,
     manifest: Manifest,
@@ -224,7 +224,7 @@ def test_a_run_grows_when_a_node_comes_and_that_is_no_failure(
     np.testing.assert_allclose(weights(result), calm, atol=1e-6)
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 def test_a_worker_without_memory_ends_the_run_in_a_sentence(
     store: Store, manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -234,7 +234,7 @@ def test_a_worker_without_memory_ends_the_run_in_a_sentence(
         train(run, manifest)
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 def test_a_worker_that_ray_kills_for_memory_is_named_with_the_reason(
     store: Store,
     manifest: Manifest,
@@ -252,7 +252,7 @@ def test_a_worker_that_ray_kills_for_memory_is_named_with_the_reason(
     assert processes.find(marker)
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 def test_a_notice_is_answered_with_a_checkpoint_and_loses_nothing(
     store: Store,
     manifest: Manifest,
@@ -283,7 +283,7 @@ def test_a_notice_is_answered_with_a_checkpoint_and_loses_nothing(
     assert count_passes(journal) - passes == 3000 - 120
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 def test_a_notice_that_comes_too_late_costs_the_steps_since_the_last_checkpoint(
     store: Store,
     manifest: Manifest,
@@ -348,7 +348,7 @@ def kill_controller(job: str) -> None:
     find_actor("TrainController", job).kill()
 
 
-@pytest.mark.soak
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("end", "status", "told"),
     [

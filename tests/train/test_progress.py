@@ -65,7 +65,7 @@ class Run:
             if step % checkpoint_steps == 0:
                 with self.ledger.spend(CHECKPOINT):
                     self.clock.now += 1
-                    self.progress.record()
+                    self.progress.record(wait=True)
 
 
 @pytest.fixture

@@ -93,6 +93,9 @@ class TrainSpec(Section):
     one worker has in flight, `auto` finds the largest that fits, None takes its whole share. A
     worker that makes no step for `hang_seconds` says where it stands and is restarted.
 
+    `checkpoint_steps: auto` saves as often as pays, by what the last checkpoint cost and how often
+    the run failed.
+
     Every `validate_steps` the run waits for a validation, which steers it and ranks checkpoints;
     with `validate_async` it goes on, and its checkpoints are scored beside it.
     """
@@ -118,7 +121,7 @@ class TrainSpec(Section):
     recompute: bool = False
     compile: bool = False
     seed: Seed = 0
-    checkpoint_steps: Positive = 100
+    checkpoint_steps: Positive | Literal["auto"] = "auto"
     keep_checkpoints: Annotated[int, Field(ge=2, strict=True)] = 2
     max_failures: Natural = 3
     hang_seconds: PositiveFloat = 600

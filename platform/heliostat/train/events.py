@@ -9,6 +9,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
+from heliostat.errors import HeliostatError
 from heliostat.metrics import Sample
 from heliostat.storage import Store
 
@@ -51,18 +52,27 @@ class EventFiles:
         Raises:
             HeliostatError: the bucket cannot be written; the next upload has it all.
         """
+        if taken := self.take():
+            try:
+                self._store.write(*taken)
+            except HeliostatError:
+                self._unsent = True
+                raise
+
+    def take(self) -> tuple[str, bytes] | None:
+        """What `upload` would write, for the caller to write: a key and bytes, None if nothing."""
         if not self._unsent:
-            return
-        self._store.write(f"{self._stem}.{self._files:06d}", bytes(self._data))
+            return None
         self._unsent = False
-        if len(self._data) >= self._max_bytes:
-            self._files += 1
-            self._data = self._begin()
+        return f"{self._stem}.{self._files:06d}", bytes(self._data)
 
     def _begin(self) -> bytearray:
         return bytearray(_frame(Event(wall_time=self._unix_time(), file_version=VERSION)))
 
     def _add(self, event: Event) -> None:
+        if not self._unsent and len(self._data) >= self._max_bytes:
+            self._files += 1
+            self._data = self._begin()
         event.wall_time = self._unix_time()
         self._data += _frame(event)
         self._unsent = True

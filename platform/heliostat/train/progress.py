@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TextIO
@@ -173,6 +173,7 @@ class Progress:
         self._validation: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, "goodput")
         self._writing: Future[None] | None = None
+        self._recording: Future[None] | None = None
         self.metrics: dict[str, float] = {}
 
     def add(self, report: StepReport) -> None:
@@ -205,11 +206,13 @@ class Progress:
         if self._writing is None or self._writing.done():
             self._writing = self._record_attempt()
 
-    def record(self) -> None:
+    def record(self, wait: bool = False) -> None:
         """Keep the metrics since the last checkpoint beside the run: they outlive the cluster.
 
+        They are written beside the loop; with `wait` they lie in the bucket when this returns.
+
         Raises:
-            HeliostatError: the bucket cannot be written, or a metric is not finite.
+            HeliostatError: what was recorded before cannot be written, or a metric is not finite.
         """
         self._draw_curve()
         if self._checkpoint:
@@ -218,10 +221,13 @@ class Progress:
         document = {"step": self._step, **self.metrics, **self._validation}
         document.update(self._ledger.total.values)
         key = f"runs/{self._run}/progress/{self._step:08d}.json"
-        self._store.write(key, json.dumps(document).encode())
-        self._curves.upload()
+        written = [(key, json.dumps(document).encode()), self._curves.take()]
+        self._settle()
+        self._recording = self._thread.submit(_write_all, self._store, written)
         self._writing = self._record_attempt()
         self._checkpoint = Stretch(self._ledger)
+        if wait:
+            self._settle()
 
     def finish(self) -> None:
         """The last line, and where the time went.
@@ -232,9 +238,14 @@ class Progress:
         self.show()
         self._display.show(self._ledger.total.render(), 1.0)
         self._display.finish()
+        self._settle()
         self._curves.upload()
         self._record_attempt().result()
         self._thread.shutdown()
+
+    def _settle(self) -> None:
+        if self._recording is not None:
+            self._recording.result()
 
     def _record_attempt(self) -> "Future[None]":
         """Beside the loop, which need not wait for it; one after the other."""
@@ -253,6 +264,12 @@ class Progress:
         line = render(self._workload, self._step, shown)
         self._display.show(line, min(1.0, self._step / self._workload.steps))
         self._drawn = self._ledger.clock()
+
+
+def _write_all(store: Store, written: Iterable[tuple[str, bytes] | None]) -> None:
+    for one in written:
+        if one:
+            store.write(*one)
 
 
 # How a value is shown: the format, and what stands before it if not its name.

@@ -21,6 +21,7 @@ from heliostat.models.cost import measure_cost
 from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks
 from heliostat.train import checkpoint, goodput, loop
+from heliostat.train.cadence import Cadence
 from heliostat.train.checkpoint import Best, Retention
 from heliostat.train.ema import Average
 from heliostat.train.goodput import CHECKPOINT, VALIDATION, Ledger
@@ -45,6 +46,7 @@ from heliostat.train.stop import (
 from heliostat.train.writer import Writer
 
 CURVE_POINTS = 50  # of TensorBoard, between two checkpoints
+CURVE_STEPS = 2  # from one to the next, where it is not known when there will be checkpoints
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class _Worker:
         fence = raise_fence(self._store, job.run) if self._is_first else None
         earlier = goodput.load_attempts(self._store, job.run) if self._is_first else []
         self._ledger = Ledger(job.submission, earlier, place.waited)
+        self._cadence = Cadence(self._train.checkpoint_steps, earlier)
         self._parallel, self._state, self._average = self._build()
         self._micro_batch = self._choose_micro_batch()
         self._position = self._restore()
@@ -140,13 +143,13 @@ class _Worker:
         for report in self._fit():
             self._count(report)
             scores = self._validate() if self._is_due(self._train.validate_steps) else {}
-            noticed, seconds = report.votes
+            noticed, seconds, due = report.votes
             reason = decide(
                 self._train,
                 Status(report.step, self._position.tokens, seconds, scores, self._position.trend),
             )
             ends = bool(reason) or noticed > 0 or report.step == self._job.steps
-            if ends or scores or self._is_due(self._train.checkpoint_steps):
+            if ends or scores or due:
                 self._save(scores, wait=ends)
             if reason or report.step == self._job.steps:
                 break
@@ -226,13 +229,13 @@ class _Worker:
         return position
 
     def _open_progress(self) -> Progress:
-        signature = self._manifest.signature
+        signature, every = self._manifest.signature, self._train.checkpoint_steps
         peak = find_peak(self._place.device, self._train.precision)
         print(f"MFU is of {peak.render()}", flush=True)
         workload = Workload(
             self._job.steps,
             self._order.steps_per_epoch,
-            curve_steps=-(-self._train.checkpoint_steps // CURVE_POINTS),
+            curve_steps=CURVE_STEPS if every == "auto" else -(-every // CURVE_POINTS),
             row_tokens=signature.input.length if isinstance(signature.input, Blocks) else 0,
             row_flops=self._count_row_flops(),
             peak_flops=peak.flops * self._ranks.world_size,
@@ -273,10 +276,14 @@ class _Worker:
             ranks=self._ranks,
         )
 
-    def _vote(self) -> tuple[float, float]:
-        """Whether a node will go, by any rank; how long the run has trained, by the first."""
-        seconds = time.monotonic() - self._resumed if self._is_first else 0.0
-        return float(self._place.noticed()), seconds
+    def _vote(self) -> tuple[float, float, float]:
+        """Whether a node will go, by any rank; by the first, how long the run has trained, and
+        whether to save after this step."""
+        noticed = float(self._place.noticed())
+        if not self._is_first:
+            return noticed, 0.0, 0.0
+        due = self._cadence.is_due(self._position.step + 1)
+        return noticed, time.monotonic() - self._resumed, float(due)
 
     def _count(self, report: loop.StepReport) -> None:
         self._alive()
@@ -320,12 +327,15 @@ class _Worker:
             self._manifest, self._train.seed, self._order.steps_per_epoch
         )
         metric = find_metric(self._train, scores) if scores else None
+        began = time.monotonic()
         with self._ledger.spend(CHECKPOINT):
+            if self._progress:
+                self._progress.record(wait)
             self._writer.begin(self._position.step, self._state, extra, metric)
             if wait:
                 self._writer.finish()
-        if self._progress:
-            self._progress.record()
+        before = self._writer.saved
+        self._cadence.count(time.monotonic() - began, before.seconds if before else 0.0)
         self._alive()
 
     def _finish(self, reason: str | None) -> None:
