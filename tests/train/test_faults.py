@@ -261,11 +261,7 @@ def test_a_notice_is_answered_with_a_checkpoint_and_loses_nothing(
     join_node: Callable[..., str],
     cluster: Cluster,
 ) -> None:
-    cpus = int(ray.cluster_resources()["CPU"])
-    before = {node["NodeID"] for node in ray.nodes()}
-    marker = join_node(cpus)
-    wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus, 60)
-    (joined,) = {node["NodeID"] for node in ray.nodes()} - before
+    cpus, marker, joined = double_the_cluster(join_node, wait_until)
     journal = tmp_path / "journal"
     section = {"workers": [1, 2], "cpus_per_worker": cpus - 1, "checkpoint_steps": 100_000}
     pause = {"act": "pause", "step": 120}
@@ -293,11 +289,7 @@ def test_a_notice_that_comes_too_late_costs_the_steps_since_the_last_checkpoint(
     join_node: Callable[..., str],
     cluster: Cluster,
 ) -> None:
-    cpus = int(ray.cluster_resources()["CPU"])
-    before = {node["NodeID"] for node in ray.nodes()}
-    marker = join_node(cpus)
-    wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus, 60)
-    (joined,) = {node["NodeID"] for node in ray.nodes()} - before
+    cpus, marker, joined = double_the_cluster(join_node, wait_until)
     journal = tmp_path / "journal"
     section = {"workers": [1, 2], "cpus_per_worker": cpus - 1}
     run = make_run(store, journal, {"act": "pause", "step": 120}, run="late", **section)
@@ -312,6 +304,16 @@ def test_a_notice_that_comes_too_late_costs_the_steps_since_the_last_checkpoint(
     assert result.step == 300
     assert count_passes(journal) - passes <= 300 - 50
     np.testing.assert_allclose(weights(result), calm, atol=1e-6)
+
+
+def double_the_cluster(join_node: Callable[..., str], wait_until: Wait) -> tuple[int, str, str]:
+    """The CPUs of each node, the marker of the new one's processes, and its id."""
+    cpus = int(ray.cluster_resources()["CPU"])
+    before = {node["NodeID"] for node in ray.nodes()}
+    marker = join_node(cpus)
+    wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus, 60)
+    (joined,) = {node["NodeID"] for node in ray.nodes()} - before
+    return cpus, marker, joined
 
 
 def drain(cluster: Cluster, node: str, seconds: int = 60) -> None:

@@ -97,7 +97,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
             flush=True,
         )
         job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
-        with scoring.follow(scorer) if scorer else contextlib.nullcontext():
+        with scoring.beside(scorer) if scorer else contextlib.nullcontext():
             _run_workers(job, store, manifest, order)
         if (result := _finished(store, name, steps, scorer)) is None:
             raise HeliostatError(_failure(store, name))
@@ -114,8 +114,8 @@ def _check_validation(run: RunSpec, manifest: Manifest) -> None:
 
 def _check_cluster(run: RunSpec) -> None:
     train, total = run.train, ray.cluster_resources()
-    workers, scoring = train.fewest_workers, train.validate_async
-    check_cpus(int(total.get("CPU", 0)), workers, train.cpus_per_worker, scoring)
+    workers, scored = train.fewest_workers, train.validate_async
+    check_cpus(int(total.get("CPU", 0)), workers, train.cpus_per_worker, scored)
     gpus = workers * train.gpus_per_worker
     if gpus > total.get("GPU", 0):
         raise HeliostatError(
@@ -123,7 +123,7 @@ def _check_cluster(run: RunSpec) -> None:
             f"has {total.get('GPU', 0):g}: lower train.workers or train.gpus_per_worker, or use a "
             "larger cluster"
         )
-    say_if_waiting(workers * train.cpus_per_worker + 1 + scoring)
+    say_if_waiting(workers * train.cpus_per_worker + 1 + scored)
 
 
 def _say_workers(run: RunSpec) -> str:

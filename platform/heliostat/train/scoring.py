@@ -72,7 +72,7 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def follow(scorer: Scorer) -> Iterator[None]:
+def beside(scorer: Scorer) -> Iterator[None]:
     """Within, an actor scores beside the run. What it does not get to is left to `find_best`."""
     body = ray.remote(Scorer).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
     actor = body.remote(scorer.run, scorer.manifest, scorer.name)
