@@ -25,7 +25,7 @@ from heliostat.spec import Positive, Section, parse_options
 class Options(Section):
     root: str = "s3://heliostat"
     repeats: Positive = 3
-    only: Literal["steps", "submit", "kill"] | None = None
+    only: Literal["steps", "checkpoint", "submit", "kill"] | None = None
 
 
 def measure_data(options: Options) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Serve a version of a spec's model over HTTP; without `deploy.version` the newest one.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
     python jobs/deploy.py jobs/specs/digits.yaml deploy.version=3
 """
 

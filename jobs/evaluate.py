@@ -1,6 +1,6 @@
 """Score a version on the test split; without `evaluate.version` the newest one.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
     python jobs/evaluate.py jobs/specs/digits.yaml evaluate.version=1
 """
 

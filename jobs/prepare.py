@@ -1,6 +1,6 @@
 """Prepare the data set that a spec describes: raw objects in, shuffled and checksummed shards out.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
     python jobs/prepare.py jobs/specs/digits.yaml data.shard_mib=16
 """
 

@@ -1,6 +1,6 @@
 """Train twice, the second time with a worker killed on the way, and compare the two curves.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
     python jobs/survive.py jobs/specs/digits.yaml train.checkpoint_steps=50
 """
 

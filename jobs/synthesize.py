@@ -1,6 +1,6 @@
 """Make the rows that a spec's data.synthetic describes, and put them where data.source points.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
     python jobs/synthesize.py jobs/specs/regression_mlp.yaml data.synthetic.rows=1000
 """
 

@@ -1,6 +1,6 @@
 """Train the model that a spec describes and register it as a new version.
 
-ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \
+ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
     python jobs/train.py jobs/specs/digits.yaml train.workers=2 train.epochs=20
 """
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from heliostat import storage
-from heliostat.benchmark.train import STEPS, TOLD, find_pace, read_events
+from heliostat.benchmark.train import ROUND_STEPS, TOLD, find_pace, read_events
 from heliostat.metrics import emit
 from heliostat.train.events import EventFiles
 
@@ -32,6 +32,6 @@ def test_the_ends_of_the_steps_of_each_attempt_are_read_back(
 
 
 def test_the_pace_is_that_of_the_steady_steps() -> None:
-    slow = [10.0 * step for step in range(STEPS // 3)]
-    steady = [slow[-1] + 0.5 * step for step in range(1, STEPS - len(slow) + 1)]
+    slow = [10.0 * step for step in range(ROUND_STEPS // 3)]
+    steady = [slow[-1] + 0.5 * step for step in range(1, ROUND_STEPS - len(slow) + 1)]
     assert find_pace((slow + steady)[TOLD - 1 :: TOLD]) == 0.5

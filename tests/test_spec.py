@@ -334,3 +334,26 @@ def test_options_alone_are_checked_like_a_section(override: str, said: str) -> N
     assert spec.parse_options(spec.SplitSpec, ("validation=0.2",)).validation == 0.2
     message = refusal(lambda: spec.parse_options(spec.DataSpec, ("source=a", override)))
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.checkpoint_steps=often", "should be a valid integer or 'auto', given 'often'"),
+        ("train.micro_batch=0", "should be greater than 0 or 'auto', given 0"),
+        ("train.workers=x", "should be a valid integer or a list, given 'x'"),
+        ("train.workers={a: 1}", "should be a valid integer or a list"),
+    ],
+)
+def test_a_value_of_two_kinds_is_refused_in_one_sentence(override: str, told: str) -> None:
+    with pytest.raises(HeliostatError) as refused:
+        spec.load("jobs/specs/digits.yaml", (override,))
+    key = override.partition("=")[0]
+    assert str(refused.value) == f"jobs/specs/digits.yaml: {key}: {told}"
+
+
+def test_of_a_list_only_the_wrong_item_is_named() -> None:
+    with pytest.raises(
+        HeliostatError, match=r"yaml: train.workers.0: should be greater than 0, given 0$"
+    ):
+        spec.load("jobs/specs/digits.yaml", ("train.workers=[0,4]",))

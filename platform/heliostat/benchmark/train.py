@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
@@ -38,7 +39,9 @@ from heliostat.train.rank import CURVE_POINTS
 SPEC = "jobs/specs/benchmark.yaml"
 SIDE, CLASSES, ROWS = 28, 10, 32_768
 STEPS, CHECKPOINT_STEPS, MAX_FAILURES = 300, 50, 3
-TOLD = STEPS // CURVE_POINTS  # of so many steps a run tells one, if it saves at the last
+ROUNDS, ROUND_STEPS = 5, 900  # the peers in turn: a round takes less than a noisy neighbour stays
+SAVED_WIDTHS, SAVES = [784, 2048, 2048, 2048], 7  # 120 MB with what Adam keeps
+TOLD = ROUND_STEPS // CURVE_POINTS  # of so many steps a run tells one, if it saves at the last
 JOB_SECONDS, LOOK_SECONDS = 300.0, 0.1
 
 Say = Callable[[str], None]
@@ -62,7 +65,10 @@ class Peer:
 
 
 def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
-    """Measure `only` steps, submit or kill, or all; peers in turn, the best of `repeats`.
+    """Measure `only` steps, checkpoint, submit or kill, or all; peers in turn.
+
+    Steps: the median of ROUNDS * `repeats` rounds. A checkpoint: the median of SAVES. A
+    submission and a kill: the best of `repeats`.
 
     All train the same network on the same pictures in two processes of one thread each. A peer
     that fails is None and says why.
@@ -79,26 +85,39 @@ def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
         "step_seconds": {"heliostat": None, "torchrun": None},
         "submit_to_first_step_seconds": {"heliostat": None, "stock": None},
         "kill_to_next_step_seconds": {"heliostat": None, "stock": None},
+        "checkpoint_stall_seconds": {"heliostat": None, "synchronous": None},
     }
+
+    readings: dict[tuple[str, str], list[float]] = defaultdict(list)
 
     def keep(figure: str, name: str, seconds: float) -> None:
         say(f"{name:<10} {seconds:>10.4f} s  {figure.removesuffix('_seconds').replace('_', ' ')}")
-        before = found[figure][name]
-        found[figure][name] = seconds if before is None else min(before, seconds)
+        readings[figure, name].append(seconds)
+        summary = statistics.median if figure == "step_seconds" else min
+        found[figure][name] = summary(readings[figure, name])
 
-    for _ in range(repeats):
-        if only in (None, "steps"):
+    if only in (None, "steps"):
+        for _ in range(ROUNDS * repeats):
             with _told("heliostat", say):
-                peer = make_platform(store, run, STEPS)
+                peer = make_platform(store, run, ROUND_STEPS, ROUND_STEPS)
                 with submit(peer) as job:
                     job.wait()
                 keep("step_seconds", "heliostat", find_pace(peer.read_steps()[-1]))
             with _told("torchrun", say):
                 ends = run_torchrun(run, pixels, labels)
                 keep("step_seconds", "torchrun", find_pace(ends[TOLD - 1 :: TOLD]))
-        if only in (None, "submit", "kill"):
+    if only in (None, "checkpoint"):
+        with _told("checkpoint", say):
+            stall, wait, size = run_saving(store.uri, run)
+            say(
+                f"a checkpoint of {size / 2**20:.0f} MiB from each of {run.train.workers} processes"
+            )
+            keep("checkpoint_stall_seconds", "heliostat", stall)
+            keep("checkpoint_stall_seconds", "synchronous", wait)
+    if only in (None, "submit", "kill"):
+        for _ in range(repeats):
             for peer in (
-                make_platform(store, run, CHECKPOINT_STEPS),
+                make_platform(store, run, STEPS, CHECKPOINT_STEPS),
                 make_stock(store, run, manifest),
             ):
                 with _told(peer.name, say):
@@ -129,12 +148,12 @@ def upload(store: Store, pixels: Pixels, labels: Pixels) -> None:
             store.write(f"raw/{name}", gzip.compress(header + array.tobytes(), 1, mtime=0))
 
 
-def make_platform(store: Store, run: RunSpec, checkpoint_steps: int) -> Peer:
+def make_platform(store: Store, run: RunSpec, steps: int, checkpoint_steps: int) -> Peer:
     """`jobs/train.py`, whose event files say when CURVE_POINTS steps between checkpoints ended."""
     name = f"benchmark-{secrets.token_hex(4)}"
     settings = {
         "run": name,
-        "steps": STEPS,
+        "steps": steps,
         "checkpoint_steps": checkpoint_steps,
         "max_failures": MAX_FAILURES,
     }
@@ -283,18 +302,39 @@ def run_torchrun(run: RunSpec, pixels: Pixels, labels: Pixels) -> list[float]:
             "hidden": run.model.hidden,
             "lr": run.train.optimizer.lr,
             "batch": run.train.global_batch,
-            "steps": STEPS,
+            "steps": ROUND_STEPS,
             "threads": run.train.cpus_per_worker,
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={run.train.workers}", "-m", "heliostat.benchmark.plain"]
-        done = subprocess.run(
-            [*command, json.dumps(options)], capture_output=True, text=True, check=False
-        )
+        ends: list[float] = torchrun(run, "heliostat.benchmark.plain", options)
+    return ends
+
+
+def run_saving(root: str, run: RunSpec) -> tuple[float, float, int]:
+    """Seconds that a checkpoint holds up and takes, and its bytes by a process, see `saving`.
+
+    Raises:
+        HeliostatError: it failed; has its last lines.
+    """
+    options = {
+        "root": f"{root}/saving",
+        "run": f"saving-{secrets.token_hex(4)}",
+        "widths": SAVED_WIDTHS,
+        "batch": run.train.global_batch // 2,
+        "saves": SAVES,
+        "threads": run.train.cpus_per_worker,
+    }
+    stall, wait, size = torchrun(run, "heliostat.benchmark.saving", options)
+    return stall, wait, size
+
+
+def torchrun(run: RunSpec, module: str, options: dict[str, Any]) -> Any:
+    """What `module` prints as JSON in its last line, run in as many processes as `run` has."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={run.train.workers}", "-m", module, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise HeliostatError(f"torchrun failed: {done.stderr[-2000:]}")
-    ends: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return ends
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def find_pace(ends: Sequence[float]) -> float:

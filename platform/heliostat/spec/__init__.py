@@ -187,9 +187,9 @@ def _check(kind: type[AnySection], document: dict[str, Any], origin: str) -> Any
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        errors = error.errors()
-        told = "; ".join(map(_sentence, errors[:MAX_SENTENCES]))
-        more = len(errors) - MAX_SENTENCES
+        sentences = _explain(error, document)
+        told = "; ".join(sentences[:MAX_SENTENCES])
+        more = len(sentences) - MAX_SENTENCES
         raise HeliostatError(f"{origin}: {told}" + f"; and {more} more" * (more > 0)) from error
 
 
@@ -228,24 +228,65 @@ def _apply(document: dict[str, Any], override: str) -> None:
     section[keys[-1]] = value
 
 
-def _sentence(error: Any) -> str:
-    """One pydantic error as `path.of.key: what is wrong`; never the content of a whole section."""
-    keys = [key for i, key in enumerate(error["loc"]) if error["loc"][:i] != ("model",)]
-    path = ".".join(_show_key(str(key)) for key in keys)
+def _explain(refused: ValidationError, document: Any) -> list[str]:
+    """A sentence for each key: `path.of.key: what is wrong`; never the content of a whole section.
+
+    A key that may be one of several kinds is refused once by each of them.
+    """
+    by_path: dict[tuple[str | int, ...], list[Any]] = {}
+    for error in refused.errors():
+        by_path.setdefault(_find_keys(error, document), []).append(error)
+    inner = [path for path in by_path if not any(_is_above(path, other) for other in by_path)]
+    return [f"{_show_path(path)}{_reason(by_path[path])}" for path in inner]
+
+
+def _find_keys(error: Any, document: Any) -> tuple[str | int, ...]:
+    """The part of pydantic's location that is in the document: without the kinds it has tried."""
+    keys: list[str | int] = []
+    at = document
+    missing = error["loc"] if error["type"] == "missing" else ()
+    for i, key in enumerate(error["loc"]):
+        if isinstance(at, dict) and (key in at or error["loc"][: i + 1] == missing):
+            keys.append(key)
+            at = at.get(key)
+        elif isinstance(at, list) and isinstance(key, int):
+            keys.append(key)
+            at = at[key] if key < len(at) else None
+    return tuple(keys)
+
+
+def _is_above(path: tuple[str | int, ...], other: tuple[str | int, ...]) -> bool:
+    return len(path) < len(other) and other[: len(path)] == path
+
+
+def _reason(errors: list[Any]) -> str:
+    error = errors[0]
     match error["type"]:
         case "extra_forbidden":
-            return f"{path}: unknown key"
+            return ": unknown key"
         case "missing":
-            return f"{path}: required, but missing"
+            return ": required, but missing"
         case "union_tag_not_found":
-            return f"{path}.kind: required, but missing"
+            return ".kind: required, but missing"
         case "union_tag_invalid":
-            return f"{path}.kind: should be {error['ctx']['expected_tags']}"
+            return f".kind: should be {error['ctx']['expected_tags']}"
         case "model_type" | "model_attributes_type":
-            return f"{path}: should be a section of keys"
+            return ": should be a section of keys"
         case _:
-            message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            return f"{path}: {message[0].lower()}{message[1:200]}{_show_given(error['input'])}"
+            first, *others = map(_message, errors)
+            message = " or ".join([first, *(other.removeprefix("should be ") for other in others)])
+            return f": {message[:200]}{_show_given(error['input'])}"
+
+
+def _message(error: Any) -> str:
+    """In the words of YAML, which has lists and no tuples."""
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = f"{message[0].lower()}{message[1:]}"
+    return message.replace("valid tuple", "list").replace("tuple should", "should")
+
+
+def _show_path(path: tuple[str | int, ...]) -> str:
+    return ".".join(_show_key(str(key)) for key in path)
 
 
 def _show_key(key: str) -> str:
