@@ -5,104 +5,25 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heliostat.data.features import (
-    CategoryColumn,
-    Features,
-    ImageFeatures,
-    NumericColumn,
-    TableFeatures,
-    features_to_json,
-    input_of,
-)
-from heliostat.evaluate import Predictor, predict
-from heliostat.models import build, task_of
-from heliostat.registry import Version
-from heliostat.serve.app import Limits, Served, build_app
-from heliostat.signature import Classes, Signature, output_to_json
-from heliostat.spec import MlpSpec
-
-LABELS = ("no", "yes", "perhaps")
-OUTPUT = Classes(LABELS)
-IMAGE = ImageFeatures(4, 4, 1, (0.5,), (0.25,))
-TABLE = TableFeatures(
-    (NumericColumn("age", 40.0, 10.0, True), CategoryColumn("job", ("cook", "smith")))
-)
-LIMITS = Limits(max_body_bytes=20_000, max_requests=4, request_timeout_s=5)
-IMAGES = {"instances": [[[0, 64, 128, 255]] * 4, [[255] * 4] * 4]}
-ROWS = {"instances": [{"age": 41, "job": "cook"}, {"age": None, "job": "pilot"}]}
-
-
-def serve(name: str, features: Features, number: int = 3) -> Served:
-    torch.manual_seed(0)
-    version = Version(
-        name=name,
-        number=number,
-        created="2026-01-01T00:00:00+00:00",
-        output=output_to_json(OUTPUT),
-        features=features_to_json(features),
-        spec={},
-        data_name=name,
-        data_version="0" * 16,
-        run="run",
-        step=1,
-        code="",
-        metrics={},
-        weights_sha256="0" * 64,
-        weights_bytes=0,
-    )
-    model, signature = MlpSpec(kind="mlp", hidden=(8,)), Signature(input_of(features), OUTPUT)
-    network = build(model, signature).eval()
-    return Served(version, Predictor(network, task_of(model, signature), features, OUTPUT))
+from heliostat.evaluate import predict
+from heliostat.serve.door import Limits
+from heliostat.serve.shelf import Served
+from serving import IMAGES, LABELS, LIMITS, MODELS, ROWS, Client, check_error, make_app
 
 
 def change(served: Served, network: torch.nn.Module) -> Served:
     return replace(served, predictor=replace(served.predictor, network=network))
 
 
-MODELS = {"shapes": serve("shapes", IMAGE), "people": serve("people", TABLE)}
-
-
-class Client:
-    """An HTTP client of an application in this process."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self.transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-
-    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        async def send() -> httpx.Response:
-            async with httpx.AsyncClient(transport=self.transport, base_url="http://app") as http:
-                return await http.request(method, path, **options)
-
-        return asyncio.run(send())
-
-    def get(self, path: str, **options: Any) -> httpx.Response:
-        return self.request("GET", path, **options)
-
-    def post(self, path: str, **options: Any) -> httpx.Response:
-        return self.request("POST", path, **options)
-
-
 @pytest.fixture(scope="module")
 def client() -> Client:
-    return Client(build_app(MODELS, LIMITS))
-
-
-def check_error(response: httpx.Response) -> dict[str, Any]:
-    """Every error has the one shape, and the request id of its header."""
-    assert response.headers["content-type"] == "application/json"
-    assert set(response.json()) == {"error"}
-    error: dict[str, Any] = response.json()["error"]
-    assert set(error) == {"type", "message", "field", "request_id"}
-    assert error["request_id"] == response.headers["x-request-id"]
-    return error
+    return Client(make_app(MODELS, LIMITS))
 
 
 @pytest.mark.parametrize(("name", "document"), [("shapes", IMAGES), ("people", ROWS)])
@@ -170,7 +91,7 @@ def test_an_overflow_inside_the_model_is_the_fault_of_the_row() -> None:
             return torch.full((len(x), len(LABELS)), torch.inf)
 
     overflowing = change(MODELS["people"], Overflowing())
-    response = Client(build_app({"people": overflowing}, LIMITS)).post(
+    response = Client(make_app({"people": overflowing}, LIMITS)).post(
         "/v1/models/people:predict", json=ROWS
     )
     assert response.status_code == 422
@@ -236,19 +157,19 @@ async def post(app: Any, receive: Any, headers: dict[str, str] | None = None) ->
 def test_an_endless_body_is_413_as_soon_as_it_is_too_large(declared: str | None) -> None:
     body = Body(b"[" * 4096)
     headers = {"content-length": declared} if declared else {}
-    status, answer = asyncio.run(post(build_app(MODELS, LIMITS), body, headers))
+    status, answer = asyncio.run(post(make_app(MODELS, LIMITS), body, headers))
     assert (status, answer["error"]["type"]) == (413, "body_too_large")
     assert body.taken == LIMITS.max_body_bytes // 4096 + 1
 
 
 def test_a_body_that_never_comes_is_408() -> None:
-    app = build_app(MODELS, Limits(max_body_bytes=10, max_requests=1, request_timeout_s=0.05))
+    app = make_app(MODELS, Limits(max_body_bytes=10, max_requests=1, request_timeout_s=0.05))
     status, answer = asyncio.run(post(app, Stalled()))
     assert (status, answer["error"]["type"]) == (408, "timeout")
 
 
 def test_a_full_house_refuses_the_next_request_at_once_and_opens_again() -> None:
-    app = build_app(MODELS, Limits(max_body_bytes=10, max_requests=2, request_timeout_s=60))
+    app = make_app(MODELS, Limits(max_body_bytes=10, max_requests=2, request_timeout_s=60))
 
     async def run() -> list[int]:
         waiting = [asyncio.create_task(post(app, Stalled())) for _ in range(2)]
@@ -269,7 +190,7 @@ def test_a_bug_is_500_and_tells_nothing() -> None:
             raise RuntimeError("secret")
 
     broken = change(MODELS["shapes"], Broken())
-    client = Client(build_app({"shapes": broken}, LIMITS))
+    client = Client(make_app({"shapes": broken}, LIMITS))
     response = client.post("/v1/models/shapes:predict", json=IMAGES)
     assert response.status_code == 500
     assert "secret" not in str(check_error(response))

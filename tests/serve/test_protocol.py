@@ -16,14 +16,12 @@ from heliostat.data.features import (
     TableFeatures,
 )
 from heliostat.serve.protocol import (
-    JSON_TYPE,
     MAX_INSTANCES,
-    Refusal,
     parse_body,
-    render_error,
     render_predictions,
     zero_instance,
 )
+from heliostat.serve.replies import JSON_TYPE, Refusal, render_error
 from heliostat.signature import Classes
 
 GREY = ImageFeatures(2, 3, 1, (0.5,), (0.25,))

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import Field, ValidationError
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -18,6 +17,7 @@ from ray.dashboard.utils import get_address_for_submission_client
 from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
+from starlette.applications import Starlette
 
 from heliostat import registry
 from heliostat.archive import store_code
@@ -49,6 +49,7 @@ class Plan(Section):
 
     root: str
     models: dict[str, Positive]
+    max_model_bytes: Positive
     max_body_bytes: Positive
     max_requests: Positive
     request_timeout_s: float
@@ -60,13 +61,20 @@ class Replica:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        from heliostat.serve.app import Limits, build_app, load
+    def __serve_build_asgi_app__(self) -> Starlette:
+        from heliostat.serve.app import build_app
+        from heliostat.serve.door import Limits
+        from heliostat.serve.shelf import Shelf, load
 
         plan, store = self.plan, connect(self.plan.root)
-        models = {name: load(store, f"{name}:{number}") for name, number in plan.models.items()}
+        models = {
+            name: [registry.resolve(store, f"{name}:{number}")]
+            for name, number in plan.models.items()
+        }
+        shelf = Shelf(models, partial(load, store), plan.max_model_bytes)
+        shelf.fill()
         limits = Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s)
-        return build_app(models, limits)
+        return build_app(shelf, limits)
 
 
 def build_application(plan: Plan) -> serve.Application:
@@ -256,6 +264,7 @@ def render_application(store: Store, table: Table) -> dict[str, Any]:
     plan = Plan(
         root=store.uri,
         models=table.models,
+        max_model_bytes=math.ceil(deploy.max_model_mib * 2**20),
         max_body_bytes=math.ceil(deploy.max_body_mib * 2**20),
         max_requests=deploy.max_queued_requests,
         request_timeout_s=deploy.request_timeout_s,

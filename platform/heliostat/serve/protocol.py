@@ -1,4 +1,4 @@
-"""What goes over the wire: bodies to columns, probabilities to answers, errors in one shape."""
+"""The simple route: raw inputs to columns, probabilities or numbers by name to answers."""
 
 from typing import Any
 
@@ -19,31 +19,11 @@ from heliostat.data.features import (
 from heliostat.data.instances import MAX_SERVED_PIXELS, FieldError, parse_instances
 from heliostat.data.pixels import decode_image
 from heliostat.errors import HeliostatError
+from heliostat.serve.replies import JSON_TYPE, Refusal
 from heliostat.signature import Classes, Numbers, Output
 
-JSON_TYPE = "application/json"
 IMAGE_TYPES = ("image/png", "image/jpeg")
 MAX_INSTANCES = 1024
-MAX_TEXT_CHARS = 400
-ERROR_TYPES = {
-    400: "bad_request",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "timeout",
-    413: "body_too_large",
-    415: "unsupported_media_type",
-    422: "invalid_value",
-    429: "overloaded",
-    500: "internal_error",
-}
-
-
-class Refusal(Exception):
-    """A request that gets an error as its answer; `field` is the path of what is wrong in it."""
-
-    def __init__(self, status: int, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.field = status, message, field
 
 
 def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
@@ -65,6 +45,10 @@ def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
     except ValueError as error:
         raise Refusal(422, f"the body is {error}", "body") from error
     return {IMAGE: pixels[np.newaxis]}
+
+
+def count_rows(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
 
 
 def render_predictions(
@@ -97,17 +81,6 @@ def _render_row(output: Output, row: list[float]) -> dict[str, Any]:
             return {"numbers": dict(zip(names, row, strict=True))}
         case _:
             raise TypeError("a language model has no answer per row")
-
-
-def render_error(status: int, message: str, request_id: str, field: str | None = None) -> bytes:
-    """The one shape of every error."""
-    error = {
-        "type": ERROR_TYPES[status],
-        "message": message[:MAX_TEXT_CHARS],
-        "field": field and field[:MAX_TEXT_CHARS],
-        "request_id": request_id,
-    }
-    return to_json({"error": error})
 
 
 def zero_instance(features: Features) -> object:

@@ -86,11 +86,16 @@ class EvaluateSpec(Section):
 
 
 class DeploySpec(Section):
-    """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up."""
+    """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up.
+
+    The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
+    it is asked for.
+    """
 
     version: Positive | None = None
     replicas: Positive = 1
     start_timeout_s: PositiveFloat = 900
+    max_model_mib: PositiveFloat = 2048
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30

@@ -1,0 +1,82 @@
+"""The door of a replica: how many requests are inside, for how long, and how large they may be."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from heliostat.serve.replies import Refusal
+
+Handler = Callable[[Request, bytes], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_body_bytes: int
+    max_requests: int
+    request_timeout_s: float
+
+
+class Door:
+    """Lets a request in while there is room, reads its body, and ends it when its time is over."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._room = Room(limits.max_requests)
+
+    def guard(self, handle: Handler) -> Endpoint:
+        """An endpoint that calls `handle` with the whole body.
+
+        A response that is streamed is in time once it has begun, and leaves the room then.
+        """
+        limits = self._limits
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                with self._room:
+                    async with asyncio.timeout(limits.request_timeout_s):
+                        return await handle(
+                            request, await read_body(request, limits.max_body_bytes)
+                        )
+            except TimeoutError as error:
+                raise Refusal(408, f"no answer within {limits.request_timeout_s:g} s") from error
+
+        return endpoint
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body; reading stops as soon as it is too large, whatever length was declared.
+
+    Raises:
+        Refusal: 413, the body has more than `max_bytes`.
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise Refusal(413, f"the body has more than {max_bytes:,} bytes", "body")
+    return bytes(body)
+
+
+class Room:
+    """At most `limit` requests are inside at once, the next one is refused instead of waiting."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.inside = limit, 0
+
+    def __enter__(self) -> None:
+        if self.inside >= self.limit:
+            raise Refusal(429, f"{self.limit} requests are waiting already, retry later")
+        self.inside += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.inside -= 1

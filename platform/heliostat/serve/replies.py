@@ -1,0 +1,107 @@
+"""Answers: JSON as it is, and every error in one shape with the id of its request."""
+
+import logging
+import secrets
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+logger = logging.getLogger(__name__)
+
+JSON_TYPE = "application/json"
+MAX_TEXT_CHARS = 400
+ERROR_TYPES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_value",
+    429: "overloaded",
+    500: "internal_error",
+    503: "unavailable",
+}
+RETRY_HEADERS = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
+REQUEST_ID = "x-request-id"
+
+
+class Refusal(Exception):
+    """A request that gets an error as its answer; `field` is the path of what is wrong in it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field = status, message, field
+        self.headers = headers or RETRY_HEADERS.get(status, {})
+
+
+def reply(content: bytes) -> Response:
+    return Response(content, media_type=JSON_TYPE, headers={REQUEST_ID: make_request_id()})
+
+
+def fail(
+    status: int,
+    message: str,
+    field: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    request_id = make_request_id()
+    content = render_error(status, message, request_id, field)
+    return Response(
+        content, status, {**(headers or {}), REQUEST_ID: request_id}, media_type=JSON_TYPE
+    )
+
+
+def render_error(status: int, message: str, request_id: str, field: str | None = None) -> bytes:
+    """The one shape of every error."""
+    error = {
+        "type": ERROR_TYPES[status],
+        "message": message[:MAX_TEXT_CHARS],
+        "field": field and field[:MAX_TEXT_CHARS],
+        "request_id": request_id,
+    }
+    return to_json({"error": error})
+
+
+def make_request_id() -> str:
+    return secrets.token_hex(16)
+
+
+async def on_refusal(request: Request, refusal: Refusal) -> Response:
+    return fail(refusal.status, refusal.message, refusal.field, refusal.headers)
+
+
+async def on_http_error(request: Request, error: HTTPException) -> Response:
+    return fail(error.status_code, error.detail, headers=error.headers)
+
+
+async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    return fail(400, "the connection closed before the body was complete")
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    response = fail(500, "the server failed, its log has the reason under this request id")
+    logger.error("request %s failed", response.headers[REQUEST_ID], exc_info=error)
+    return response
+
+
+ERROR_HANDLERS: dict[
+    int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]
+] = {
+    Refusal: on_refusal,
+    HTTPException: on_http_error,
+    ClientDisconnect: on_disconnect,
+    Exception: on_bug,
+}

@@ -1,0 +1,158 @@
+"""The versions that a replica answers for: loaded when asked for, within a bound of memory."""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import to_json
+
+from heliostat.errors import HeliostatError
+from heliostat.evaluate import Predictor, load_predictor, predict
+from heliostat.registry import Version
+from heliostat.serve.batcher import Batcher
+from heliostat.serve.protocol import parse_body, render_predictions, zero_instance
+from heliostat.serve.replies import JSON_TYPE, Refusal
+from heliostat.storage import Store
+
+logger = logging.getLogger(__name__)
+
+# One thread computes at a time, so the event loop stays free and batches do not fight for cores.
+COMPUTE_POOL = ThreadPoolExecutor(1, "compute")
+LOAD_POOL = ThreadPoolExecutor(1, "load")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Served:
+    """One version, loaded."""
+
+    version: Version
+    predictor: Predictor
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of what the network keeps."""
+        network = self.predictor.network
+        tensors = (*network.parameters(), *network.buffers())
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @cached_property
+    def batcher(self) -> Batcher:
+        return Batcher(self.compute, COMPUTE_POOL)
+
+    def compute(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return predict(self.predictor, columns)
+
+
+def load(store: Store, version: Version) -> Served:
+    """Load a version and let it answer once.
+
+    Raises:
+        HeliostatError: its weights are missing or damaged, or it does not answer.
+    """
+    served = Served(version, load_predictor(store, version))
+    features, output = served.predictor.features, served.predictor.output
+    body = to_json({"instances": [zero_instance(features)]})
+    try:
+        values = served.compute(parse_body(features, JSON_TYPE, body))
+        render_predictions(version.name, version.number, output, values)
+    except Refusal as refusal:
+        raise HeliostatError(
+            f"{version.ref} does not answer a row of zeros: {refusal}"
+        ) from refusal
+    return served
+
+
+class Shelf:
+    """Of each name the versions that may be asked for, the first one if no number is given.
+
+    What was asked for longest ago is dropped when the others exceed `max_bytes`; one always stays.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Sequence[Version]],
+        load: Callable[[Version], Served],
+        max_bytes: int,
+        pool: Executor = LOAD_POOL,
+    ) -> None:
+        self.models = models
+        self._load, self._max_bytes, self._pool = load, max_bytes, pool
+        self._loaded: OrderedDict[str, Served] = OrderedDict()
+        self._loading: dict[str, asyncio.Future[Served]] = {}
+
+    @property
+    def loaded(self) -> list[str]:
+        """The references of what is in memory, that used last at the end."""
+        return list(self._loaded)
+
+    def fill(self) -> None:
+        """Load the first version of each name, as many as fit.
+
+        Raises:
+            HeliostatError: one of them cannot be loaded.
+        """
+        for first, *_ in self.models.values():
+            served = self._read(first)
+            if self._loaded and self.size + served.size > self._max_bytes:
+                return
+            self._keep(served)
+
+    @property
+    def size(self) -> int:
+        return sum(served.size for served in self._loaded.values())
+
+    async def get(self, name: str, number: int | None = None) -> Served:
+        """The version, loaded now if it is not there; all who ask meanwhile wait for one load.
+
+        Raises:
+            Refusal: 404, it is not among those that are served; 503, it cannot be loaded.
+        """
+        version = self.find(name, number)
+        ref = version.ref
+        if ref in self._loaded:
+            self._loaded.move_to_end(ref)
+            return self._loaded[ref]
+        if ref not in self._loading:
+            self._loading[ref] = asyncio.ensure_future(self._fetch(version))
+        return await asyncio.shield(self._loading[ref])
+
+    def find(self, name: str, number: int | None = None) -> Version:
+        """Raises Refusal: 404, it is not among those that are served."""
+        for version in self.models.get(name, ()):
+            if number in (None, version.number):
+                return version
+        raise Refusal(404, "there is no such model")
+
+    async def _fetch(self, version: Version) -> Served:
+        loop = asyncio.get_running_loop()
+        try:
+            served = await loop.run_in_executor(self._pool, self._read, version)
+        except HeliostatError as error:
+            logger.error("%s cannot be loaded: %s", version.ref, error)
+            raise Refusal(503, f"{version.ref} cannot be loaded now, retry later") from error
+        finally:
+            del self._loading[version.ref]
+        self._keep(served)
+        return served
+
+    def _read(self, version: Version) -> Served:
+        began = time.perf_counter()
+        served = self._load(version)
+        seconds = time.perf_counter() - began
+        logger.info("%s loaded: %.1f MiB in %.2f s", version.ref, served.size / MIB, seconds)
+        return served
+
+    def _keep(self, served: Served) -> None:
+        self._loaded[served.version.ref] = served
+        while self.size > self._max_bytes and len(self._loaded) > 1:
+            ref, dropped = self._loaded.popitem(last=False)
+            logger.info("%s dropped: %.1f MiB", ref, dropped.size / MIB)

@@ -1,0 +1,107 @@
+"""Every request gets the answer to its own rows, whoever it is computed with."""
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from heliostat.serve.batcher import Batcher
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+class Compute:
+    """Doubles x; refuses a batch with a negative number; keeps the rows of each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[float]] = []
+
+    def __call__(self, columns: Columns) -> NDArray[Any]:
+        self.calls.append(columns["x"].tolist())
+        if (columns["x"] < 0).any():
+            raise ValueError("negative")
+        return 2 * columns["x"]
+
+
+class Later(Executor):
+    """A pool whose work is done when the test says so."""
+
+    def __init__(self) -> None:
+        self.work: list[Any] = []
+
+    def submit(self, act: Any, /, *arguments: Any, **options: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.work.append(lambda: future.set_result(act(*arguments, **options)))
+        return future
+
+
+def rows(*values: float) -> tuple[Columns, int]:
+    return {"x": np.array(values)}, len(values)
+
+
+async def gather(batcher: Batcher, requests: list[list[float]]) -> list[Any]:
+    runs = (batcher.run(*rows(*request)) for request in requests)
+    return await asyncio.gather(*runs, return_exceptions=True)
+
+
+@given(
+    requests=st.lists(st.lists(st.integers(-2, 40), min_size=1, max_size=5), max_size=12),
+    batch_seconds=st.sampled_from([1e-9, 1e-3, 1.0]),
+)
+def test_each_gets_its_own_rows_and_only_its_own_failure(
+    requests: list[list[float]], batch_seconds: float
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        batcher = Batcher(Compute(), pool, batch_seconds)
+        answers = asyncio.run(gather(batcher, requests))
+    for request, answer in zip(requests, answers, strict=True):
+        if min(request) < 0:
+            assert isinstance(answer, ValueError)
+        else:
+            assert answer.tolist() == [2 * value for value in request]
+
+
+def test_what_arrives_while_a_batch_is_computed_is_the_next_batch() -> None:
+    async def run() -> list[Any]:
+        first = asyncio.create_task(gather(batcher, [[1]]))
+        while not pool.work:
+            await asyncio.sleep(0)
+        others = asyncio.create_task(gather(batcher, [[2], [3, 4], [5]]))
+        await asyncio.sleep(0)
+        pool.work.pop()()
+        while not pool.work and not others.done():
+            await asyncio.sleep(0)
+        for work in pool.work:
+            work()
+        return [*await first, *await others]
+
+    compute, pool = Compute(), Later()
+    batcher = Batcher(compute, pool, batch_seconds=1e6)
+    answers = asyncio.run(run())
+    assert [answer.tolist() for answer in answers] == [[2], [4], [6, 8], [10]]
+    assert compute.calls == [[1], [2, 3, 4, 5]]
+
+
+def test_who_has_left_is_not_computed() -> None:
+    async def run() -> None:
+        leaving = asyncio.create_task(batcher.run(*rows(1)))
+        staying = asyncio.create_task(batcher.run(*rows(2)))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        while not pool.work:
+            await asyncio.sleep(0)
+        pool.work.pop()()
+        await staying
+
+    compute, pool = Compute(), Later()
+    batcher = Batcher(compute, pool, batch_seconds=1e6)
+    asyncio.run(run())
+    assert compute.calls == [[2]]
