@@ -11,8 +11,9 @@ from heliostat.serve.deploy import deploy
 
 def main(path: str, *overrides: str) -> None:
     wanted = spec.load(path, overrides)
-    storage.probe(storage.connect(wanted.root))
-    print(deploy(wanted))
+    store = storage.connect(wanted.root)
+    storage.probe(store)
+    print(deploy(store, wanted.name, wanted.deploy))
 
 
 if __name__ == "__main__":

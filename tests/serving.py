@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import torch
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from heliostat.data.features import (
     CategoryColumn,
@@ -71,7 +72,7 @@ def make_app(models: dict[str, Served], limits: Limits) -> Starlette:
 class Client:
     """An HTTP client of an application in this process."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.transport = httpx.ASGITransport(app, raise_app_exceptions=False)
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:

@@ -16,6 +16,7 @@ from heliostat.errors import HeliostatError
 if TYPE_CHECKING:
     from heliostat.local import Cluster, Usage
     from heliostat.registry import Lineage, Version
+    from heliostat.spec import DeploySpec
     from heliostat.storage import Store
 
 MIB = 2**20
@@ -156,6 +157,59 @@ def export(options: argparse.Namespace) -> None:
     print(target.uri)
 
 
+def deploy(options: argparse.Namespace) -> None:
+    from heliostat import registry
+    from heliostat.serve.deploy import deploy
+
+    store = _open_store(options)
+    version = registry.resolve(store, options.ref)
+    print(deploy(store, version.name, _read_terms(options, store, version.number)))
+
+
+def rollback(options: argparse.Namespace) -> None:
+    from heliostat.serve.deploy import rollback
+
+    print(rollback(_open_store(options), options.name))
+
+
+def list_deployments(options: argparse.Namespace) -> None:
+    from heliostat.serve.table import read_table
+
+    table = read_table(_open_store(options))
+    if options.json:
+        print(table.model_dump_json())
+        return
+    rows = [
+        (
+            f"{name}:{placed.number}",
+            ", ".join(map(str, placed.previous)),
+            f"{placed.candidate.number}, {placed.candidate.terms.mode}" if placed.candidate else "",
+        )
+        for name, placed in table.models.items()
+    ]
+    shown = _render_table(("served", "kept", "candidate"), rows)
+    print(shown if rows else f"Nothing of {options.root} is deployed.")
+
+
+def _read_terms(options: argparse.Namespace, store: "Store", number: int) -> "DeploySpec":
+    """How the models are served now, changed by what the command line says."""
+    from heliostat.serve.table import read_table
+    from heliostat.spec import DeploySpec, parse_options
+
+    share = options.canary or options.shadow
+    mode = "canary" if options.canary else "shadow"
+    candidate = [f"candidate.mode={mode}", f"candidate.share={share}"] if share else []
+    now = read_table(store).deploy.model_dump(mode="json", exclude_defaults=True)
+    kept = [f"{key}={json.dumps(value)}" for key, value in now.items()]
+    settings = (*kept, *candidate, *options.settings, f"version={number}")
+    return parse_options(DeploySpec, settings)
+
+
+def _share(text: str) -> float:
+    """10% or 0.1."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="heliostat", description="From raw data in a bucket to answers over HTTP, on Ray."
@@ -188,7 +242,51 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("target", metavar="DIR", help="a directory or s3://bucket/prefix")
     command.add_argument("--root", default="s3://heliostat", metavar="URI", help="where it is")
+    _add_deploy_commands(commands)
     return parser
+
+
+def _add_deploy_commands(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "deploy",
+        deploy,
+        "serve a published version, at once or first as a candidate",
+        [
+            "heliostat deploy digits:4",
+            "heliostat deploy digits:4 replicas=2 max_latency_ms=20",
+            "heliostat deploy digits:4 --canary 10% candidate.by=key candidate.min_requests=500",
+            "heliostat deploy digits:4 --shadow 100% candidate.max_difference=0.01",
+        ],
+    )
+    command.add_argument("ref", metavar="REF", help="NAME:NUMBER, NAME@ALIAS or NAME (its newest)")
+    command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of a spec's `deploy`")
+    way = command.add_mutually_exclusive_group()
+    way.add_argument(
+        "--canary", type=_share, metavar="SHARE", help="let it answer so many requests first"
+    )
+    way.add_argument(
+        "--shadow", type=_share, metavar="SHARE", help="ask it as well and compare the answers"
+    )
+    command.add_argument("--root", default="s3://heliostat", metavar="URI", help="where it is")
+    command = _add_command(
+        commands,
+        "rollback",
+        rollback,
+        "serve the version of a model that was served before",
+        ["heliostat rollback digits"],
+    )
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("--root", default="s3://heliostat", metavar="URI", help="where it is")
+    command = _add_command(
+        commands,
+        "deployments",
+        list_deployments,
+        "list what is served, what is kept to go back to, and the candidates",
+        ["heliostat deployments", "heliostat deployments --json"],
+    )
+    command.add_argument("--root", default="s3://heliostat", metavar="URI", help="whose models")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_cluster_commands(commands: Any) -> None:
@@ -287,7 +385,7 @@ def _open_store(options: argparse.Namespace) -> "Store":
 
     if not any(name in os.environ for name in STORE_VARIABLES):
         cluster = local.find(local.locate(options.home))
-        os.environ.update(cluster.credentials if cluster else {})
+        os.environ.update(cluster.env if cluster else {})
     return storage.connect(options.root)
 
 

@@ -52,6 +52,7 @@ REQUIRED = (
 )
 TUNED = (
     Setting("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1", "user code in the replica's own event loop"),
+    Setting("RAY_worker_niceness", "0", "at 15 the least neighbour takes a third of a step"),
     Setting("RAY_JOB_STOP_WAIT_TIME_S", "30", "a stopped job may finish its checkpoint, not 3 s"),
     Setting("RAY_health_check_initial_delay_ms", "5000", "a node is watched once it is up"),
     Setting("RAY_health_check_period_ms", "1000", "a dead node is found after 3 refused checks"),

@@ -1,6 +1,7 @@
 """What the ranks of a run get: every row once an epoch, the same batches for any count."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -135,3 +136,32 @@ def test_a_split_is_read_whole(cluster: object) -> None:
     rows = [number for batch in batches for number in row_numbers(batch["image"])]
     assert sorted(rows) == list(range(301, 341))
     assert all(len(batch["label"]) <= 16 for batch in batches)
+
+
+def test_one_ahead_makes_the_next_item_while_one_is_used_and_no_more() -> None:
+    made: list[int] = []
+    ready = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(1, 5):
+            made.append(number)
+            if number == 2:
+                ready.set()
+            yield number
+
+    taken = stream.one_ahead(items())
+    assert next(taken) == 1
+    assert ready.wait(10)
+    assert made == [1, 2]
+    assert list(taken) == [2, 3, 4]
+
+
+def test_what_fails_while_it_is_made_ahead_fails_in_its_turn() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("damaged")
+
+    taken = stream.one_ahead(items())
+    assert next(taken) == 1
+    with pytest.raises(ValueError, match="damaged"):
+        next(taken)

@@ -30,14 +30,9 @@ from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, predict
 from heliostat.local import Cluster
 from heliostat.models import build
-from heliostat.serve.deploy import (
-    APPLICATION,
-    Table,
-    change_table,
-    deploy,
-    read_table,
-    replace_model,
-)
+from heliostat.serve.deploy import APPLICATION, rollback
+from heliostat.serve.deploy import deploy as release
+from heliostat.serve.table import Placement, Table, change_table, place, read_table
 from heliostat.signature import Classes, Signature, output_to_json
 from heliostat.spec import RunSpec, dump, parse
 from heliostat.storage import Store, connect
@@ -49,6 +44,10 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
 INSTANCES = {"instances": PIXELS.tolist()}
 
 Wait = Callable[..., None]
+
+
+def deploy(spec: RunSpec) -> str:
+    return release(connect(spec.root), spec.name, spec.deploy)
 
 
 def make_spec(root: str, name: str = "digits", **deploy: Any) -> RunSpec:
@@ -332,13 +331,75 @@ def test_models_are_deployed_beside_each_other_and_of_one_root(store: Store, dig
 
 
 @pytest.mark.cluster
+def test_what_is_served_already_is_left_as_it_is(
+    store: Store, digits: str, serve_client: ServeSubmissionClient
+) -> None:
+    version = predict_online(digits)[0]
+    deploy(make_spec(store.uri, version=version))
+    before = find_application(serve_client)["last_deployed_time_s"], list_replicas(serve_client)
+    deploy(make_spec(store.uri, version=version))
+    after = find_application(serve_client)["last_deployed_time_s"], list_replicas(serve_client)
+    assert after == before
+
+
+@pytest.mark.cluster
+def test_a_rollback_serves_the_version_before_and_another_one_goes_forth_again(
+    store: Store, digits: str
+) -> None:
+    old, new = publish(store, 400).number, publish(store, 401).number
+    for version in (old, new):
+        deploy(make_spec(store.uri, version=version))
+    with steady_load(digits) as answered:
+        assert rollback(store, "digits") == f"digits:{old}"
+        assert predict_online(digits)[0] == old
+        assert rollback(store, "digits") == f"digits:{new}"
+        assert predict_online(digits)[0] == new
+    assert set(answered) == {(200, old), (200, new)}
+    with pytest.raises(HeliostatError, match="nobody is not served, but digits"):
+        rollback(store, "nobody")
+
+
+CANARY = {"share": 0.3, "min_requests": 60, "max_latency_ratio": 100, "timeout_s": 60}
+
+
+@pytest.mark.cluster
+def test_a_canary_that_is_as_good_takes_over_without_a_lost_request(
+    store: Store, digits: str, serve_client: ServeSubmissionClient
+) -> None:
+    old, new = predict_online(digits)[0], publish(store, 500)
+    with steady_load(digits) as answered:
+        deploy(make_spec(store.uri, version=new.number, candidate=CANARY))
+        assert predict_online(digits)[0] == new.number
+    assert set(answered) == {(200, old), (200, new.number)}
+    placed = read_table(store).models["digits"]
+    assert (placed.number, placed.previous, placed.candidate) == (new.number, (old,), None)
+    assert list(serve_client.get_serve_details()["applications"]) == [APPLICATION]
+
+
+@pytest.mark.cluster
+def test_a_shadow_whose_answers_differ_is_taken_back_and_has_answered_nobody(
+    store: Store, digits: str
+) -> None:
+    version, other = predict_online(digits)[0], publish(store, 600)
+    terms = {"mode": "shadow", "share": 1.0, "max_difference": 1e-6, "timeout_s": 60}
+    with steady_load(digits) as answered, pytest.raises(HeliostatError) as error:
+        deploy(make_spec(store.uri, version=other.number, candidate=terms))
+    told = f"{other.ref} was taken back, digits:{version} is still served: "
+    assert str(error.value).startswith(told)
+    assert "answers differ, by up to" in str(error.value)
+    assert set(answered) == {(200, version)}
+    assert read_table(store).models["digits"].candidate is None
+
+
+@pytest.mark.cluster
 @pytest.mark.faults
 def test_two_deploys_at_once_end_in_one_state(store: Store, digits: str) -> None:
     specs = [make_spec(store.uri, version=2), make_spec(store.uri, "letters")]
     publish(store, 4, "letters")
     with ThreadPoolExecutor(2) as pool:
         urls = list(pool.map(deploy, specs))
-    assert read_table(store).models == {"digits": 2, "letters": 1}
+    numbers = {name: placed.number for name, placed in read_table(store).models.items()}
+    assert numbers == {"digits": 2, "letters": 1}
     assert [predict_online(url)[0] for url in urls] == [2, 1]
 
 
@@ -387,10 +448,10 @@ def test_deploys_of_many_models_at_once_lose_none(tmp_path: Path) -> None:
     store = connect(str(tmp_path))
     names = [f"model-{number}" for number in range(16)]
 
-    def place(name: str) -> Table:
-        return change_table(store, lambda table: replace_model(table, name, 1))
+    def put(name: str) -> Table:
+        return change_table(store, lambda table: place(table, name, Placement(number=1)))
 
     with ThreadPoolExecutor(len(names)) as pool:
-        before = list(pool.map(place, names))
+        before = list(pool.map(put, names))
     assert sorted(read_table(store).models) == sorted(names)
     assert sorted(len(table.models) for table in before) == list(range(len(names)))

@@ -19,14 +19,16 @@ from safetensors.numpy import save
 from heliostat import registry
 from heliostat.data.features import ImageFeatures, features_to_json
 from heliostat.errors import HeliostatError
-from heliostat.serve import deploy as rollout
-from heliostat.serve.deploy import (
-    HTTP_OPTIONS,
+from heliostat.serve import control
+from heliostat.serve.control import HTTP_OPTIONS
+from heliostat.serve.deploy import deploy as release
+from heliostat.serve.table import (
     TABLE_KEY,
+    Placement,
     Table,
-    deploy,
+    place,
     read_table,
-    replace_model,
+    succeed,
     take_back,
 )
 from heliostat.spec import DeploySpec, RunSpec, parse
@@ -115,7 +117,15 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-SERVED = Table(models={"digits": 1, "letters": 4}, deploy=DeploySpec(replicas=3), code="c" * 64)
+SERVED = Table(
+    models={"digits": Placement(number=1), "letters": Placement(number=4)},
+    deploy=DeploySpec(replicas=3),
+    code="c" * 64,
+)
+
+
+def deploy(spec: RunSpec) -> str:
+    return release(connect(spec.root), spec.name, spec.deploy)
 
 
 def second(store: Store, **section: Any) -> RunSpec:
@@ -133,7 +143,10 @@ def second(store: Store, **section: Any) -> RunSpec:
 def test_what_runs_stays_in_the_table(store: Store, serve: type[FakeServe]) -> None:
     serve.settle = lambda configs: RUNNING
     assert deploy(second(store)) == "http://127.0.0.1:8000/v1/models/digits:predict"
-    assert read_table(store).models == {"digits": 2, "letters": 4}
+    assert read_table(store).models == {
+        "digits": Placement(number=2, previous=(1,)),
+        "letters": Placement(number=4),
+    }
 
 
 def test_a_version_that_cannot_start_is_taken_back_with_its_reason(
@@ -197,7 +210,7 @@ def test_the_wait_for_a_node_has_an_end_and_says_what_it_waits_for(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rollout, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(control, "REPORT_SECONDS", 0)
     serve.settle = lambda configs: NO_ROOM if configs == 1 else RUNNING
     with pytest.raises(HeliostatError, match=r"not start within 0\.01 s: no node has 1 free CPU"):
         deploy(second(store, start_timeout_s=0.01))
@@ -205,7 +218,7 @@ def test_the_wait_for_a_node_has_an_end_and_says_what_it_waits_for(
 
 
 def test_a_damaged_table_is_a_sentence_with_its_key(store: Store) -> None:
-    for damaged in (b"", b"{", b"[]", b'{"models": {"digits": "x"}}'):
+    for damaged in (b"", b"{", b"[]", b'{"models": {"digits": 1}}'):
         store.write(TABLE_KEY, damaged)
         with pytest.raises(HeliostatError, match=rf"{TABLE_KEY}.* is damaged"):
             read_table(store)
@@ -222,7 +235,7 @@ DEPLOYS = st.tuples(st.sampled_from("ab"), st.integers(1, 3), HOW)
 
 def replay(table: Table, deploys: list[tuple[str, int, dict[str, Any]]]) -> Table:
     for name, number, how in deploys:
-        table = replace_model(table, name, number, **how)
+        table = place(table, name, succeed(table.models.get(name), number, keep=1), **how)
     return table
 
 
@@ -235,4 +248,15 @@ def test_taking_back_leaves_the_table_as_if_the_deploy_had_not_been(
     # Nobody can tell the same version deployed again from the one that failed.
     assume(failed[:2] not in [deploy[:2] for deploy in later])
     assume(now != written or not later)
-    assert take_back(now, name=failed[0], written=written, before=before) == replay(before, later)
+    taken, wanted = (
+        take_back(now, name=failed[0], written=written, before=before),
+        replay(before, later),
+    )
+    assert answering(taken) == answering(wanted)
+    assert (taken.deploy, taken.code) == (wanted.deploy, wanted.code)
+    for name, placed in taken.models.items():  # what was pushed out by the failed one is gone
+        assert set(placed.previous) <= set(wanted.models[name].previous)
+
+
+def answering(table: Table) -> dict[str, int]:
+    return {name: placed.number for name, placed in table.models.items()}

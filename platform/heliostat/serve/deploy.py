@@ -1,165 +1,155 @@
-"""Puts versions on the cluster: one Serve application that serves what the bucket's table says."""
+"""Puts versions on the cluster: Serve applications that serve what the bucket's table says."""
 
 import math
-import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import secrets
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from pydantic import Field, ValidationError
-from ray import serve
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.dashboard.utils import get_address_for_submission_client
-from ray.exceptions import RayError
-from ray.serve.config import BackpressureConfig
-from ray.serve.schema import LoggingConfig
-from starlette.applications import Starlette
 
 from heliostat import registry
 from heliostat.archive import store_code
 from heliostat.data.features import features_from_json
 from heliostat.errors import HeliostatError
+from heliostat.serve.control import HTTP_OPTIONS, Serve, await_running, find_url
 from heliostat.serve.protocol import zero_instance
-from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
-from heliostat.storage import Conflict, Missing, Store, connect
+from heliostat.serve.replica import (
+    Contender,
+    Plan,
+    Replica,
+    build_application,
+    build_candidate,
+    name_candidate,
+)
+from heliostat.serve.table import (
+    Candidate,
+    Placement,
+    Table,
+    change_table,
+    place,
+    propose,
+    read_table,
+    roll_back,
+    succeed,
+    take_back,
+    withdraw,
+)
+from heliostat.spec import DeploySpec, reference
+from heliostat.storage import Store
 
 APPLICATION = "heliostat"
-TABLE_KEY = "serving/heliostat.json"
-POLL_SECONDS = 0.5
-REPORT_SECONDS = 5.0
-MAX_REASON_CHARS = 600
-HTTP_OPTIONS = {"host": "127.0.0.1", "port": 8000}
-REASON = re.compile(r"^[\w.]+(?:Error|Exception|Missing): ", re.MULTILINE)
+
+# What is said of a deploy and is not of the table.
+PER_DEPLOY = {"version": None, "candidate": None}
 
 
-class Table(Section):
-    """What is deployed: the version number of each model, and how all of them are served."""
+def deploy(store: Store, name: str, how: DeploySpec) -> str:
+    """Serve the version that `how` names in place of the one served so far; return its URL.
 
-    models: dict[str, Positive] = Field(default_factory=dict)
-    deploy: DeploySpec = DeploySpec()
-    code: str = ""
-
-
-class Plan(Section):
-    """What a replica needs to know; a change of it replaces the replicas."""
-
-    root: str
-    models: dict[str, Positive]
-    max_model_bytes: Positive
-    max_body_bytes: Positive
-    max_requests: Positive
-    request_timeout_s: float
-
-
-class Replica:
-    """A process that loads every model of a plan and answers for them."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def __serve_build_asgi_app__(self) -> Starlette:
-        from heliostat.serve.app import build_app
-        from heliostat.serve.door import Limits
-        from heliostat.serve.shelf import Shelf, load
-
-        plan, store = self.plan, connect(self.plan.root)
-        models = {
-            name: [registry.resolve(store, f"{name}:{number}")]
-            for name, number in plan.models.items()
-        }
-        shelf = Shelf(models, partial(load, store), plan.max_model_bytes)
-        shelf.fill()
-        limits = Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s)
-        return build_app(shelf, limits)
-
-
-def build_application(plan: Plan) -> serve.Application:
-    """The Serve application of a plan; Serve calls this by its import path.
-
-    The application's own gate answers an overload before Serve's queue does. New replicas start
-    beside the old ones, so replicas that cannot start are never an outage.
-    """
-    deployment = serve.deployment(
-        name=Replica.__name__,
-        max_ongoing_requests=2 * plan.max_requests,
-        max_queued_requests=plan.max_requests,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        max_surge_percent=100,
-        max_constructor_retry_count=2,
-        health_check_period_s=2,
-        health_check_timeout_s=5,
-        graceful_shutdown_timeout_s=plan.request_timeout_s,
-        logging_config=LoggingConfig(enable_access_log=False),
-    )
-    return deployment(serve.ingress()(Replica)).bind(plan)
-
-
-class Serve:
-    """The REST interface of Ray Serve; what goes wrong there is a sentence."""
-
-    def __init__(self) -> None:
-        with _told():
-            self._client = ServeSubmissionClient(get_address_for_submission_client(None))
-
-    def describe(self) -> dict[str, Any]:
-        with _told():
-            details: dict[str, Any] = self._client.get_serve_details()
-        return details
-
-    def apply(self, config: dict[str, Any]) -> None:
-        with _told():
-            self._client.deploy_applications(config)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, RayError) as error:  # not sent, not answered 200, not let in
-        raise HeliostatError(
-            f"Ray Serve cannot be reached or refuses ({error!s:.{MAX_REASON_CHARS}}): check that "
-            "the cluster runs and that RAY_API_SERVER_ADDRESS is its dashboard"
-        ) from error
-
-
-def deploy(spec: RunSpec) -> str:
-    """Serve the version that `spec` names in place of the one served so far; return its URL.
-
-    Whatever ends this before the replicas run, Ctrl-C included, is taken back: what was served
-    before is still served.
+    With `how.candidate` it is first a candidate beside that one, and takes over if it is as good.
+    Whatever ends this before, Ctrl-C included, is taken back: what was served before is still
+    served. What is served that way already is left as it is.
 
     Raises:
-        HeliostatError: the version is unknown or damaged, or its replicas did not start.
+        HeliostatError: the version is unknown or damaged, its replicas did not start, or as a
+            candidate it was worse.
     """
-    store = connect(spec.root)
-    name = spec.name
-    version = registry.resolve(store, reference(name, spec.deploy.version))
+    version = registry.resolve(store, reference(name, how.version))
     registry.load_weights(store, version)
     zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = Serve()
     check_root(store, client.describe())
-    place = partial(
-        replace_model,
-        name=name,
-        number=version.number,
-        deploy=spec.deploy.model_copy(update={"version": None}),
-        code=store_code(store),
-    )
-    print(f"starting {spec.deploy.replicas} x {version.ref}", flush=True)
-    before = change_table(store, place)
+    if how.candidate:
+        return _try_out(store, client, version, how)
+    _take_over(store, client, version, how)
+    return f"{find_url(client)}/v1/models/{name}:predict"
+
+
+def rollback(store: Store, name: str) -> str:
+    """Serve the version of `name` that was served before; return its reference.
+
+    Raises:
+        HeliostatError: `name` is not served, no version before was kept, or its replicas did not
+            start: then everything stays.
+    """
+    client = Serve()
+    check_root(store, client.describe())
+    placed = _find_placed(read_table(store), name)
+    back = roll_back(placed, name)
+    print(f"going back from {name}:{placed.number} to {name}:{back.number}", flush=True)
+    _change(store, client, name, lambda table: place(table, name, back), f"{name}:{back.number}")
+    return f"{name}:{back.number}"
+
+
+def _take_over(store: Store, client: Serve, version: registry.Version, how: DeploySpec) -> None:
+    name, number = version.name, version.number
+    table, code = read_table(store), store_code(store)
+    deploy = how.model_copy(update=PER_DEPLOY)
+    placed = table.models.get(name)
+
+    def put(table: Table) -> Table:
+        placed = succeed(table.models.get(name), number, how.keep_previous)
+        return place(table, name, placed, deploy=deploy, code=code)
+
+    if placed == Placement(number=number, previous=placed.previous if placed else ()) and (
+        (table.deploy, table.code) == (deploy, code) and _runs(client)
+    ):
+        print(f"{version.ref} is served already", flush=True)
+        return
+    print(f"starting {_say_replicas(how)} x {version.ref}", flush=True)
+    _change(store, client, name, put, version.ref)
+
+
+def _try_out(store: Store, client: Serve, version: registry.Version, how: DeploySpec) -> str:
+    """Serve `version` as a candidate until it is known to be as good, or worse."""
+    from heliostat.serve.follow import follow
+
+    terms, name = how.candidate, version.name
+    assert terms is not None
+
+    candidate = Candidate(number=version.number, proposal=secrets.token_hex(4), terms=terms)
+
+    def put(table: Table) -> Table:
+        return place(table, name, propose(table.models.get(name), candidate))
+
+    def leave(table: Table) -> Table:
+        placed = table.models.get(name)
+        return place(table, name, placed and withdraw(placed))
+
+    print(f"starting {version.ref} as a {terms.mode} for {terms.share:.0%} of {name}", flush=True)
+    _change(store, client, name, put, version.ref)
+    try:
+        said = follow(name, candidate)
+    except BaseException as error:
+        _change(store, client, name, leave, version.ref)
+        if not isinstance(error, HeliostatError):
+            print(f"{version.ref} was taken back", flush=True)
+            raise
+        number = _find_placed(read_table(store), name).number
+        raise HeliostatError(
+            f"{version.ref} was taken back, {name}:{number} is still served: {error}"
+        ) from error
+    print(said, flush=True)
+    if terms.mode == "shadow":
+        _change(store, client, name, leave, version.ref)
+        return f"{find_url(client)}/v1/models/{name}:predict"
+    _take_over(store, client, version, how)
+    return f"{find_url(client)}/v1/models/{name}:predict"
+
+
+def _change(
+    store: Store, client: Serve, name: str, change: Callable[[Table], Table], ref: str
+) -> None:
+    """Change the table and make the cluster follow, or leave both as they were."""
+    before = change_table(store, change)
     try:
         roll_out(store, client)
     except BaseException as error:
-        rest = undo(store, client, name, place(before), before)
+        rest = undo(store, client, name, change(before), before)
         if isinstance(error, HeliostatError):
-            raise HeliostatError(f"{version.ref} was not deployed, {rest}: {error}") from error
-        print(f"{version.ref} was not deployed, {rest}", flush=True)
+            raise HeliostatError(f"{ref} was not deployed, {rest}: {error}") from error
+        print(f"{ref} was not deployed, {rest}", flush=True)
         raise
-    return f"{find_url(client)}/v1/models/{name}:predict"
 
 
 def undo(store: Store, client: Serve, name: str, written: Table, before: Table) -> str:
@@ -167,10 +157,10 @@ def undo(store: Store, client: Serve, name: str, written: Table, before: Table) 
     try:
         change_table(store, partial(take_back, name=name, written=written, before=before))
         roll_out(store, client)
-        number = read_table(store).models.get(name)
+        placed = read_table(store).models.get(name)
     except HeliostatError as error:
         return f"and the cluster did not go back to what was served before ({error})"
-    return f"{name}:{number} is still served" if number else f"{name} is not served"
+    return f"{name}:{placed.number} is still served" if placed else f"{name} is not served"
 
 
 def check_root(store: Store, details: dict[str, Any]) -> None:
@@ -188,47 +178,6 @@ def check_root(store: Store, details: dict[str, Any]) -> None:
         )
 
 
-def replace_model(table: Table, name: str, number: int | None, **how: Any) -> Table:
-    others = {other: kept for other, kept in table.models.items() if other != name}
-    models = others | ({name: number} if number else {})
-    return table.model_copy(update={"models": models, **how})
-
-
-def take_back(table: Table, *, name: str, written: Table, before: Table) -> Table:
-    """`table` as if the deploy of `name` from `before` to `written` had not been.
-
-    Every deploy sets `deploy` and `code`: in a table that is no longer `written` they are those of
-    somebody else, as the model is if its number is another one.
-    """
-    if table == written:
-        return before
-    if table.models.get(name) != written.models[name]:
-        return table
-    return replace_model(table, name, before.models.get(name))
-
-
-def read_table(store: Store) -> Table:
-    try:
-        return Table.model_validate_json(store.read(TABLE_KEY))
-    except Missing:
-        return Table()
-    except ValidationError as error:
-        raise HeliostatError(
-            f"{store.uri}/{TABLE_KEY}, the table of what is served, is damaged: delete the object "
-            "and deploy every model again"
-        ) from error
-
-
-def change_table(store: Store, change: Callable[[Table], Table]) -> Table:
-    """Move the table from what it is to `change` of that; return what it was."""
-    while True:
-        entry, before = store.stat(TABLE_KEY), read_table(store)
-        data = change(before).model_dump_json(indent=1).encode()
-        with suppress(Conflict):
-            store.replace(TABLE_KEY, data, entry.etag) if entry else store.create(TABLE_KEY, data)
-            return before
-
-
 def roll_out(store: Store, client: Serve) -> None:
     """Make the cluster serve what the table says, until the table stays as it is.
 
@@ -237,8 +186,10 @@ def roll_out(store: Store, client: Serve) -> None:
     """
     while True:
         table = read_table(store)
-        client.apply(render_config(store, table, client.describe()))
-        reason = await_running(client, table.deploy.start_timeout_s)
+        config = render_config(store, table, client.describe())
+        client.apply(config)
+        names = [app["name"] for app in config["applications"] if _is_ours(app["name"])]
+        reason = await_running(client, names, table.deploy.start_timeout_s)
         if read_table(store) == table:
             break
     if reason:
@@ -250,20 +201,53 @@ def render_config(store: Store, table: Table, details: dict[str, Any]) -> dict[s
     others = [
         app["deployed_app_config"]
         for name, app in details["applications"].items()
-        if name != APPLICATION and app["deployed_app_config"]
+        if not _is_ours(name) and app["deployed_app_config"]
     ]
     return {
         "proxy_location": "HeadOnly",
         "http_options": details.get("http_options", HTTP_OPTIONS),
-        "applications": others + ([render_application(store, table)] if table.models else []),
+        "applications": others + list_applications(store, table),
     }
 
 
-def render_application(store: Store, table: Table) -> dict[str, Any]:
+def list_applications(store: Store, table: Table) -> list[dict[str, Any]]:
+    """One application for all models, and one for each candidate, which has no route."""
+    if not table.models:
+        return []
+    models = {name: placed.numbers for name, placed in table.models.items()}
+    candidates = {
+        name: placed.candidate for name, placed in table.models.items() if placed.candidate
+    }
+    user_config = {name: one.model_dump(mode="json") for name, one in candidates.items()}
+    main = {
+        **_application(store, table, build_application, models),
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "deployments": [
+            {"name": Replica.__name__, **_scale(table.deploy), "user_config": user_config}
+        ],
+    }
+    return [main, *(_contend(store, table, *item) for item in candidates.items())]
+
+
+def _contend(store: Store, table: Table, name: str, candidate: Candidate) -> dict[str, Any]:
+    options = {"ray_actor_options": {"num_cpus": table.deploy.cpus_per_replica}}
+    return {
+        **_application(store, table, build_candidate, {name: (candidate.number,)}),
+        "name": name_candidate(name),
+        "route_prefix": None,
+        "deployments": [{"name": Contender.__name__, "num_replicas": 1, **options}],
+    }
+
+
+def _application(
+    store: Store, table: Table, build: Callable[..., Any], models: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
     deploy = table.deploy
     plan = Plan(
         root=store.uri,
-        models=table.models,
+        models=models,
+        max_latency_ms=deploy.max_latency_ms,
         max_model_bytes=math.ceil(deploy.max_model_mib * 2**20),
         max_body_bytes=math.ceil(deploy.max_body_mib * 2**20),
         max_requests=deploy.max_queued_requests,
@@ -272,51 +256,46 @@ def render_application(store: Store, table: Table) -> dict[str, Any]:
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
     code = f"{root}/code/{table.code}.zip"
     return {
-        "name": APPLICATION,
-        "route_prefix": "/",
-        "import_path": f"{__name__}:{build_application.__name__}",
+        "import_path": f"{build.__module__}:{build.__name__}",
         # Both keys: one left out is inherited from the job that happened to start Serve.
         "runtime_env": {"working_dir": code, "py_modules": [code]},
-        "args": plan.model_dump(),
-        "deployments": [{"name": Replica.__name__, "num_replicas": deploy.replicas}],
+        "args": plan.model_dump(mode="json"),
     }
 
 
-def await_running(client: Serve, timeout_s: float) -> str | None:
-    """Wait until Serve has settled the application; return why it failed, if it did."""
-    began = reported = time.monotonic()
-    while True:
-        app = client.describe()["applications"].get(APPLICATION)
-        if app is None or app["status"] == "RUNNING":
-            return None
-        if app["status"] == "DEPLOY_FAILED":
-            return explain(app)
-        now = time.monotonic()
-        if now - began > timeout_s:
-            return f"the replicas did not start within {timeout_s:g} s: {explain(app)}"
-        if now - reported >= REPORT_SECONDS:
-            reported = now
-            print(f"{now - began:4.0f} s: {describe_wait(app)}", flush=True)
-        time.sleep(POLL_SECONDS)
+def _scale(deploy: DeploySpec) -> dict[str, Any]:
+    """A fixed number of replicas, or as many as the requests that are inside ask for."""
+    options = {"ray_actor_options": {"num_cpus": deploy.cpus_per_replica}}
+    if isinstance(deploy.replicas, int):
+        return {"num_replicas": deploy.replicas, **options}
+    fewest, most = deploy.replicas
+    scaling = {
+        "min_replicas": fewest,
+        "initial_replicas": max(fewest, 1),
+        "max_replicas": most,
+        "target_ongoing_requests": deploy.target_requests,
+    }
+    return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
 
 
-def describe_wait(app: dict[str, Any]) -> str:
-    """The states of the replicas, and what Serve says that they wait for."""
-    replicas = (found for part in app["deployments"].values() for found in part["replicas"])
-    states = Counter(replica["state"] for replica in replicas)
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    return " - ".join(filter(None, (f"replicas {counts or 'not there yet'}", explain(app))))
+def _say_replicas(deploy: DeploySpec) -> str:
+    if isinstance(deploy.replicas, int):
+        return str(deploy.replicas)
+    return f"{deploy.replicas[0]} to {deploy.replicas[1]}"
 
 
-def explain(app: dict[str, Any]) -> str:
-    """The last error in what Serve says about an application, as one line."""
-    parts = [app["message"], *(part["message"] for part in app["deployments"].values())]
-    text = "\n".join(parts)
-    starts = [match.start() for match in REASON.finditer(text)]
-    return " ".join(text[starts[-1] if starts else 0 :].split())[:MAX_REASON_CHARS]
+def _find_placed(table: Table, name: str) -> Placement:
+    placed = table.models.get(name)
+    if placed is None:
+        served = ", ".join(table.models) or "nothing"
+        raise HeliostatError(f"{name} is not served, but {served}: deploy it first")
+    return placed
 
 
-def find_url(client: Serve) -> str:
-    options = HTTP_OPTIONS | client.describe()["http_options"]
-    host = "127.0.0.1" if options["host"] == "0.0.0.0" else options["host"]
-    return f"http://{host}:{options['port']}"
+def _is_ours(application: str) -> bool:
+    return application == APPLICATION or application.startswith(name_candidate(""))
+
+
+def _runs(client: Serve) -> bool:
+    app = client.describe()["applications"].get(APPLICATION)
+    return app is not None and app["status"] == "RUNNING"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
+from heliostat import examples
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import Predictor, load_predictor, predict
 from heliostat.registry import Version
@@ -52,11 +53,12 @@ class Served:
         return predict(self.predictor, columns)
 
 
-def load(store: Store, version: Version) -> Served:
-    """Load a version and let it answer once.
+def load(store: Store, max_latency_ms: float | None, version: Version) -> Served:
+    """Load a version and let it answer a row of zeros and its examples.
 
     Raises:
-        HeliostatError: its weights are missing or damaged, or it does not answer.
+        HeliostatError: its weights are missing or damaged, it does not answer, otherwise than it
+            did when it was published, or takes longer for a row than `max_latency_ms`.
     """
     served = Served(version, load_predictor(store, version))
     features, output = served.predictor.features, served.predictor.output
@@ -68,6 +70,12 @@ def load(store: Store, version: Version) -> Served:
         raise HeliostatError(
             f"{version.ref} does not answer a row of zeros: {refusal}"
         ) from refusal
+    seconds = examples.check(store, version, served.predictor)
+    if seconds and max_latency_ms and 1000 * seconds > max_latency_ms:
+        raise HeliostatError(
+            f"{version.ref} takes {1000 * seconds:.1f} ms for a row, deploy.max_latency_ms allows "
+            f"{max_latency_ms:g}: deploy a smaller model or raise it"
+        )
     return served
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
+from heliostat.spec.deploy import CandidateSpec, DeploySpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -28,7 +29,6 @@ from heliostat.spec.section import (
     NAME_PATTERN,
     NAME_RULE,
     Positive,
-    PositiveFloat,
     Section,
     check_name,
     refuse_other_names,
@@ -39,6 +39,7 @@ __all__ = [
     "MAX_CATEGORIES",
     "NAME_PATTERN",
     "NAME_RULE",
+    "CandidateSpec",
     "CnnSpec",
     "CustomSpec",
     "DataSpec",
@@ -83,22 +84,6 @@ AnySection = TypeVar("AnySection", bound=Section)
 class EvaluateSpec(Section):
     version: Positive | None = None
     batch: Positive = 512
-
-
-class DeploySpec(Section):
-    """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up.
-
-    The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
-    it is asked for.
-    """
-
-    version: Positive | None = None
-    replicas: Positive = 1
-    start_timeout_s: PositiveFloat = 900
-    max_model_mib: PositiveFloat = 2048
-    max_body_mib: PositiveFloat = 8
-    max_queued_requests: Positive = 256
-    request_timeout_s: PositiveFloat = 30
 
 
 class RunSpec(Section):

@@ -4,6 +4,7 @@ from heliostat import registry, spec, storage
 from heliostat.archive import store_code
 from heliostat.data import features, stream
 from heliostat.data.manifest import Manifest
+from heliostat.data.shards import read_group
 from heliostat.signature import output_to_json
 from heliostat.spec import RunSpec
 from heliostat.train.launch import Result
@@ -15,7 +16,17 @@ def publish(run: RunSpec, manifest: Manifest, result: Result) -> registry.Versio
     Raises:
         HeliostatError: the weights are not finite, or the bucket cannot be written.
     """
+    from heliostat import evaluate, examples  # bring PyTorch: a run that begins need not wait
+
     store = storage.connect(run.root)
+    predictor = evaluate.make_predictor(
+        run.model, manifest.features, manifest.output, result.weights
+    )
+    metrics = dict(result.metrics)
+    if manifest.rows.get("validation"):
+        batches = stream.read_split(store, manifest, "validation", run.evaluate.batch)
+        scores = evaluate.score(predictor, batches)
+        metrics |= {f"validation_{name}": value for name, value in scores.metrics.items()}
     draft = registry.Draft(
         name=run.name,
         output=output_to_json(manifest.output),
@@ -26,20 +37,9 @@ def publish(run: RunSpec, manifest: Manifest, result: Result) -> registry.Versio
         run=result.run,
         step=result.step,
         code=store_code(store),
-        metrics={**result.metrics, **_validate(run, manifest, result)},
+        metrics=metrics,
     )
-    return registry.publish(store, draft, result.weights)
-
-
-def _validate(run: RunSpec, manifest: Manifest, result: Result) -> dict[str, float]:
-    if not manifest.rows.get("validation"):
-        return {}
-    from heliostat import evaluate  # brings PyTorch, for which a run that begins need not wait
-
-    predictor = evaluate.make_predictor(
-        run.model, manifest.features, manifest.output, result.weights
-    )
-    store = storage.connect(run.root)
-    batches = stream.read_split(store, manifest, "validation", run.evaluate.batch)
-    scores = evaluate.score(predictor, batches)
-    return {f"validation_{name}": value for name, value in scores.metrics.items()}
+    version = registry.publish(store, draft, result.weights)
+    first, *_ = manifest.shards_of("train")
+    examples.record(store, version, predictor, read_group(store, first, 0))
+    return version

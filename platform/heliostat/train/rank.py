@@ -270,7 +270,7 @@ class _Worker:
             self._parallel.model,
             self._parallel.task,
             self._state.optimizer,
-            map(self._to_batch, shares),
+            stream.one_ahead(map(self._to_batch, shares)),
             self._recipe,
             first_step=self._position.step,
             ranks=self._ranks,

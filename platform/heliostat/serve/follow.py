@@ -1,0 +1,53 @@
+"""Watches a candidate until it is known to be as good as what is served, or worse."""
+
+import time
+from typing import Any
+
+import ray
+
+from heliostat.errors import HeliostatError
+from heliostat.serve.delivery import Promote, TakeBack, judge
+from heliostat.serve.scores import NAMESPACE, Scoreboard, Scores, find_board
+from heliostat.serve.table import Candidate
+
+LOOK_SECONDS, REPORT_SECONDS = 1.0, 5.0
+
+
+def follow(name: str, candidate: Candidate) -> str:
+    """Wait until the candidate has shown what it is; a sentence in its favour.
+
+    Raises:
+        HeliostatError: it is worse, the sentence says in what.
+    """
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    board = (
+        ray.remote(Scoreboard)
+        .options(name=find_board(name, candidate.proposal), namespace=NAMESPACE, num_cpus=0)
+        .remote()
+    )
+    began = reported = time.monotonic()
+    while True:
+        scores: Scores = ray.get(board.read.remote())
+        now = time.monotonic()
+        verdict = judge(candidate.terms, scores.served, scores.candidate, now - began)
+        match verdict:
+            case Promote():
+                return f"{name}:{candidate.number} is as good: {_render(scores)}"
+            case TakeBack(reason):
+                raise HeliostatError(reason)
+        if now - reported >= REPORT_SECONDS:
+            reported = now
+            print(f"{now - began:4.0f} s: {_render(scores)}", flush=True)
+        time.sleep(LOOK_SECONDS)
+
+
+def _render(scores: Scores) -> str:
+    candidate, served = scores.candidate, scores.served
+    told: list[Any] = [
+        f"{candidate.requests} requests, {candidate.failures} failed",
+        f"95 % within {1000 * candidate.quantile(0.95):.1f} ms",
+        f"the one served {1000 * served.quantile(0.95):.1f} ms",
+    ]
+    if candidate.compared:
+        told.append(f"answers differ by up to {candidate.difference:.3g}")
+    return ", ".join(told)

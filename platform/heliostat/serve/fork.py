@@ -1,0 +1,209 @@
+"""An ASGI layer: the requests of a candidate's share go to it, all others straight on."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from heliostat.serve.delivery import Tally, compare, tally
+from heliostat.serve.split import Answer, difference, find_model, is_chosen
+from heliostat.serve.table import Candidate
+
+logger = logging.getLogger(__name__)
+
+MAX_SHADOWS = 16  # at once; those above are not asked, nobody waits for them
+KEY_ID = "heliostat.key_id"  # of a scope, from the gate
+CARRIED = frozenset({b"content-type", b"accept", b"inference-header-content-length"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request as another process gets it: without credentials."""
+
+    path: str
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+Ask = Callable[[str, Call], AsyncGenerator[Message]]
+Side = Literal["served", "candidate"]
+Count = Callable[[str, Side, Tally], None]
+
+
+class Fork:
+    """`ask` is how the candidate of a model is asked, `count` is told what became of a request.
+
+    While there is no `candidates` a request costs a look at that. A candidate that fails is not the
+    client's business: the version served answers then, unless the answer has begun.
+    """
+
+    def __init__(self, app: ASGIApp, ask: Ask, count: Count, max_body_bytes: int) -> None:
+        self.candidates: Mapping[str, Candidate] = {}
+        self._app, self._ask, self._count = app, ask, count
+        self._max_body_bytes = max_body_bytes
+        self._shadows: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self.candidates or scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body, receive = await _read(receive, self._max_body_bytes)
+        name = find_model(scope["path"], body)
+        candidate = self.candidates.get(name or "")
+        if name is None or candidate is None:
+            await self._app(scope, receive, send)
+            return
+        by_key = candidate.terms.by == "key"
+        tag = (by_key and scope.get(KEY_ID)) or secrets.token_hex(8)
+        chosen = is_chosen(candidate, name, tag)
+        call = Call(scope["path"], scope["query_string"], _carried(scope), body)
+        if chosen and candidate.terms.mode == "canary":
+            if not await self._forward(name, call, send):
+                await self._app(scope, receive, send)
+            return
+        seen = _Seen(send)
+        began = time.perf_counter()
+        await self._app(scope, receive, seen.send)
+        seconds = time.perf_counter() - began
+        self._count(name, "served", tally(seen.status >= 500, seconds))
+        if chosen and len(self._shadows) < MAX_SHADOWS:
+            task = asyncio.create_task(self._shadow(name, candidate, call, seen.answer))
+            self._shadows.add(task)
+            task.add_done_callback(self._shadows.discard)
+
+    async def _forward(self, name: str, call: Call, send: Send) -> bool:
+        """Let the candidate answer; whether it has begun to."""
+        began = time.perf_counter()
+        answered = _Seen(send)
+        try:
+            async with contextlib.aclosing(self._ask(name, call)) as messages:
+                async for message in messages:
+                    if answered.begun or message["status"] < 500:
+                        await answered.send(message)
+                    else:
+                        break
+        except Exception as error:  # whatever a candidate does, the version served answers
+            logger.warning("the candidate of %s failed: %s", name, error)
+            if answered.begun:
+                raise
+        finally:
+            failed = not answered.ended
+            self._count(name, "candidate", tally(failed, time.perf_counter() - began))
+        return answered.begun
+
+    async def _shadow(self, name: str, candidate: Candidate, call: Call, served: Answer) -> None:
+        began = time.perf_counter()
+        answered = _Seen(_drop)
+        with contextlib.suppress(Exception):
+            async for message in self._ask(name, call):
+                await answered.send(message)
+        failed = not answered.ended or answered.status >= 500
+        one = tally(failed, time.perf_counter() - began)
+        if not one.failures:
+            one = compare(one, difference(served, answered.answer), candidate.terms)
+        self._count(name, "candidate", one)
+
+
+class _Seen:
+    """Passes the messages of an answer on and keeps what they say."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 500
+        self.begun = self.ended = False
+        self._headers: tuple[tuple[bytes, bytes], ...] = ()
+        self._body = bytearray()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun, self.status = True, message["status"]
+            self._headers = tuple(message.get("headers", ()))
+        elif message["type"] == "http.response.body":
+            self._body += message.get("body", b"")
+            self.ended = not message.get("more_body")
+        await self._send(message)
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.status, self._headers, bytes(self._body))
+
+
+async def replay(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
+    """The messages with which `app` answers `call`."""
+    messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": call.path,
+        "raw_path": call.path.encode(),
+        "query_string": call.query,
+        "root_path": "",
+        "headers": list(call.headers),
+        "client": None,
+        "server": None,
+    }
+
+    async def run() -> None:
+        try:
+            await app(scope, _once(call.body), messages.put)
+        finally:
+            await messages.put(None)
+
+    task = asyncio.create_task(run())
+    try:
+        while (message := await messages.get()) is not None:
+            yield message
+        await task
+    finally:
+        task.cancel()
+
+
+async def _read(receive: Receive, max_bytes: int) -> tuple[bytes, Receive]:
+    """The body, and a `receive` that says all of it again; what is too large is read no further."""
+    messages: list[Message] = []
+    size = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        size += len(message.get("body", b""))
+        if not message.get("more_body") or size > max_bytes:
+            break
+    body = b"".join(message.get("body", b"") for message in messages)
+    heard = iter(messages)
+
+    async def again() -> Message:
+        return next(heard, None) or await receive()
+
+    return body, again
+
+
+def _once(body: bytes) -> Receive:
+    """A request whose client waits for ever."""
+    sent = False
+
+    async def receive() -> Message:
+        nonlocal sent
+        if sent:
+            await asyncio.Event().wait()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+def _carried(scope: Scope) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((name, value) for name, value in scope["headers"] if name in CARRIED)
+
+
+async def _drop(message: Any) -> None:
+    pass

@@ -1,0 +1,131 @@
+"""The processes that answer, as Ray Serve starts them."""
+
+from collections.abc import AsyncGenerator, Mapping
+from functools import partial
+from typing import Any
+
+from ray import serve
+from ray.serve.config import BackpressureConfig
+from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp, Message
+
+from heliostat import registry
+from heliostat.serve.fork import Call, Fork, Side, replay
+from heliostat.serve.table import Candidate
+from heliostat.spec import Positive, Section
+from heliostat.storage import connect
+
+
+class Plan(Section):
+    """What a replica needs to know; a change of it replaces the replicas."""
+
+    root: str
+    models: dict[str, tuple[Positive, ...]]
+    max_latency_ms: float | None
+    max_model_bytes: Positive
+    max_body_bytes: Positive
+    max_requests: Positive
+    request_timeout_s: float
+
+
+def build_api(plan: Plan) -> ASGIApp:
+    """The application over the models of a plan, loaded as far as they fit.
+
+    Raises:
+        HeliostatError: a version is unknown or damaged, answers otherwise than its examples say,
+            or too slowly.
+    """
+    from heliostat.serve.app import build_app
+    from heliostat.serve.door import Limits
+    from heliostat.serve.shelf import Shelf, load
+
+    store = connect(plan.root)
+    models = {
+        name: [registry.resolve(store, f"{name}:{number}") for number in numbers]
+        for name, numbers in plan.models.items()
+    }
+    shelf = Shelf(models, partial(load, store, plan.max_latency_ms), plan.max_model_bytes)
+    shelf.fill()
+    return build_app(shelf, Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s))
+
+
+class Replica:
+    """Answers for every model of a plan over HTTP, and lets candidates have their share."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._candidates: dict[str, Candidate] = {}
+        self._handles: dict[str, Any] = {}
+        self._fork: Fork | None = None
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        from heliostat.serve.scores import Reporter, find_board
+
+        reporter = Reporter()
+
+        def count(name: str, side: Side, tally: Any) -> None:
+            if candidate := self._candidates.get(name):
+                reporter.count(find_board(name, candidate.proposal), side, tally)
+
+        self._fork = Fork(build_api(self.plan), self._ask, count, self.plan.max_body_bytes)
+        self._fork.candidates = self._candidates
+        return self._fork
+
+    def reconfigure(self, candidates: Mapping[str, Any]) -> None:
+        """Which candidates there are now; Serve calls this with the deployment's user_config."""
+        self._candidates = {
+            name: Candidate.model_validate(candidate) for name, candidate in candidates.items()
+        }
+        if self._fork:
+            self._fork.candidates = self._candidates
+
+    async def _ask(self, name: str, call: Call) -> AsyncGenerator[Message]:
+        if name not in self._handles:
+            handle = serve.get_app_handle(name_candidate(name))
+            self._handles[name] = handle.options(stream=True)
+        async for message in self._handles[name].answer.remote(call):
+            yield message
+
+
+class Contender:
+    """Answers for a candidate, to the replicas alone."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._api = build_api(plan)
+
+    async def answer(self, call: Call) -> AsyncGenerator[Message]:
+        async for message in replay(self._api, call):
+            yield message
+
+
+def name_candidate(name: str) -> str:
+    """The Serve application of the candidate of a model."""
+    return f"candidate-{name}"
+
+
+def build_application(plan: Plan) -> serve.Application:
+    """The Serve application of a plan; Serve calls this by its import path."""
+    return _deployment(Replica.__name__, plan)(serve.ingress()(Replica)).bind(plan)
+
+
+def build_candidate(plan: Plan) -> serve.Application:
+    """The Serve application of a candidate, which has no route of its own."""
+    return _deployment(Contender.__name__, plan)(Contender).bind(plan)
+
+
+def _deployment(name: str, plan: Plan) -> Any:
+    """The application's own door answers an overload before Serve's queue does. New replicas start
+    beside the old ones, so replicas that cannot start are never an outage.
+    """
+    return serve.deployment(
+        name=name,
+        max_ongoing_requests=2 * plan.max_requests,
+        max_queued_requests=plan.max_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_surge_percent=100,
+        max_constructor_retry_count=2,
+        health_check_period_s=2,
+        health_check_timeout_s=5,
+        graceful_shutdown_timeout_s=plan.request_timeout_s,
+        logging_config=LoggingConfig(enable_access_log=False),
+    )

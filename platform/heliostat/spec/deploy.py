@@ -1,0 +1,56 @@
+"""The deploy section: which version answers, on how much, within which bounds."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from heliostat.spec.section import Natural, Positive, PositiveFloat, Section
+
+
+class CandidateSpec(Section):
+    """A version beside the one that is served: a `canary` answers, a `shadow` is only asked.
+
+    It gets `share` of the requests: of all of them drawn one by one, or those of the same keys
+    every time (`by: key`). After `min_requests` it takes over (a shadow does not) unless its share
+    of failed answers is surely above `max_error_share` and that of the served one, its 95th
+    percentile of latency above `max_latency_ratio` times that of the served one, or, of a shadow,
+    its answers differ by more than `max_difference`. It is taken back after `timeout_s` without as
+    many requests.
+    """
+
+    mode: Literal["canary", "shadow"] = "canary"
+    share: float = Field(default=0.1, gt=0, le=1)
+    by: Literal["request", "key"] = "request"
+    min_requests: Positive = 100
+    max_error_share: float = Field(default=0.01, ge=0, lt=1)
+    max_latency_ratio: PositiveFloat = 2.0
+    max_difference: PositiveFloat | None = None
+    timeout_s: PositiveFloat = 3600
+
+
+class DeploySpec(Section):
+    """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up.
+
+    The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
+    it is asked for. `keep_previous` versions of each model stay served by their number. Replicas
+    from a fewest to a most, `[0, 4]`, follow the requests that wait: `target_requests` a replica.
+    """
+
+    version: Positive | None = None
+    replicas: Positive | tuple[Natural, Positive] = 1
+    target_requests: Positive = 8
+    cpus_per_replica: PositiveFloat = 1
+    keep_previous: Natural = 1
+    candidate: CandidateSpec | None = None
+    start_timeout_s: PositiveFloat = 900
+    max_latency_ms: PositiveFloat | None = None
+    max_model_mib: PositiveFloat = 2048
+    max_body_mib: PositiveFloat = 8
+    max_queued_requests: Positive = 256
+    request_timeout_s: PositiveFloat = 30
+
+    @model_validator(mode="after")
+    def _fewest_come_first(self) -> Self:
+        if isinstance(self.replicas, tuple) and self.replicas[0] > self.replicas[1]:
+            raise ValueError(f"replicas go from a fewest to a most, not {list(self.replicas)}")
+        return self

@@ -1,0 +1,186 @@
+"""A candidate beside what is served: what it does is never the client's loss."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from heliostat.serve.delivery import Tally
+from heliostat.serve.fork import Ask, Call, Fork, Side, replay
+from heliostat.serve.table import Candidate
+from heliostat.spec import CandidateSpec
+from serving import LIMITS, ROWS, TABLE, Client, check_error, make_app, serve
+
+PATH = "/v1/models/people:predict"
+SERVED = make_app({"people": serve("people", TABLE, 1)}, LIMITS)
+NEXT = make_app({"people": serve("people", TABLE, 2)}, LIMITS)
+
+
+class Counts:
+    """What a fork tells of the requests."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Side, Tally] = defaultdict(Tally)
+
+    def __call__(self, name: str, side: Side, one: Tally) -> None:
+        assert name == "people"
+        self.sums[side] += one
+
+
+async def ask_next(name: str, call: Call) -> AsyncGenerator[Message]:
+    async for message in replay(NEXT, call):
+        yield message
+
+
+async def die(name: str, call: Call) -> AsyncGenerator[Message]:
+    raise RuntimeError("the candidate died")
+    yield {}
+
+
+async def die_midway(name: str, call: Call) -> AsyncGenerator[Message]:
+    yield {"type": "http.response.start", "status": 200, "headers": []}
+    raise RuntimeError("the candidate died")
+
+
+async def answer_500(name: str, call: Call) -> AsyncGenerator[Message]:
+    yield {"type": "http.response.start", "status": 500, "headers": []}
+    yield {"type": "http.response.body", "body": b"{}"}
+
+
+def make_fork(ask: Ask, counts: Counts, **terms: Any) -> Fork:
+    fork = Fork(SERVED, ask, counts, LIMITS.max_body_bytes)
+    spec = CandidateSpec(**{"share": 1.0, **terms})
+    fork.candidates = {"people": Candidate(number=2, proposal="p", terms=spec)}
+    return fork
+
+
+def test_without_candidates_nothing_is_counted_and_nobody_is_asked() -> None:
+    counts = Counts()
+    fork = make_fork(die, counts)
+    fork.candidates = {}
+    assert Client(fork).post(PATH, json=ROWS).json()["version"] == 1
+    assert not counts.sums
+
+
+def test_a_canary_answers_its_share_and_the_version_served_the_rest() -> None:
+    counts = Counts()
+    client = Client(make_fork(ask_next, counts, share=0.5))
+    versions = [client.post(PATH, json=ROWS).json()["version"] for _ in range(60)]
+    assert counts.sums["candidate"].requests == versions.count(2)
+    assert counts.sums["served"].requests == versions.count(1)
+    assert 10 < versions.count(2) < 50
+
+
+@pytest.mark.parametrize("ask", [die, answer_500])
+def test_where_a_canary_fails_the_version_served_answers(ask: Ask) -> None:
+    counts = Counts()
+    answer = Client(make_fork(ask, counts)).post(PATH, json=ROWS)
+    assert (answer.status_code, answer.json()["version"]) == (200, 1)
+    assert counts.sums["candidate"].failures == 1
+
+
+def test_an_answer_that_breaks_off_is_a_failure_of_the_canary() -> None:
+    counts = Counts()
+    with pytest.raises(RuntimeError):
+        asyncio.run(call_app(make_fork(die_midway, counts), PATH, b"{}"))
+    assert counts.sums["candidate"].failures == 1
+
+
+def test_a_request_that_is_refused_is_no_failure() -> None:
+    counts = Counts()
+    answer = Client(make_fork(ask_next, counts)).post(PATH, json={"instances": []})
+    assert answer.status_code == 422
+    check_error(answer)
+    assert (counts.sums["candidate"].requests, counts.sums["candidate"].failures) == (1, 0)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_models_without_a_candidate_and_other_routes_go_straight_on(method: str) -> None:
+    counts = Counts()
+    client = Client(make_fork(die, counts))
+    assert client.request(method, "/v1/models/nobody:predict", json=ROWS).status_code in (404, 405)
+    assert client.get("/v1/models").status_code == 200
+    assert not counts.sums
+
+
+def test_a_body_that_is_too_large_is_refused_with_a_candidate_too() -> None:
+    body = b"[" * (LIMITS.max_body_bytes + 1)
+    served = Client(SERVED).post(PATH, content=body).status_code
+    assert (
+        Client(make_fork(ask_next, Counts(), mode="shadow")).post(PATH, content=body).status_code
+        == served
+    )
+
+
+def test_a_shadow_is_asked_and_never_answers() -> None:
+    async def run() -> list[Message]:
+        messages = await call_app(fork, PATH, b'{"instances": [{"age": 41, "job": "cook"}]}')
+        while fork._shadows:
+            await asyncio.sleep(0)
+        return messages
+
+    for ask, failures in ((ask_next, 0), (die, 1)):
+        counts = Counts()
+        fork = make_fork(ask, counts, mode="shadow")
+        assert b'"version":1' in asyncio.run(run())[1]["body"]
+        seen = counts.sums["candidate"]
+        assert (seen.requests, seen.failures, seen.compared) == (1, failures, 1 - failures)
+        assert seen.difference == 0
+
+
+def test_credentials_stay_where_they_are() -> None:
+    calls: list[Call] = []
+
+    async def keep(name: str, call: Call) -> AsyncGenerator[Message]:
+        calls.append(call)
+        async for message in replay(NEXT, call):
+            yield message
+
+    headers = {"authorization": "Bearer secret", "cookie": "secret", "accept": "application/json"}
+    Client(make_fork(keep, Counts())).post(PATH, json=ROWS, headers=headers)
+    assert "secret" not in repr(calls)
+    assert dict(calls[0].headers)[b"content-type"] == b"application/json"
+
+
+def test_a_stream_passes_as_it_comes() -> None:
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        async def parts() -> AsyncGenerator[bytes]:
+            for part in (b"a", b"b", b"c"):
+                yield part
+
+        await StreamingResponse(parts())(scope, receive, send)
+
+    async def ask(name: str, call: Call) -> AsyncGenerator[Message]:
+        async for message in replay(stream, call):
+            yield message
+
+    messages = asyncio.run(call_app(make_fork(ask, Counts()), PATH, b"{}"))
+    assert [message.get("body") for message in messages] == [None, b"a", b"b", b"c", b""]
+
+
+async def call_app(app: Any, path: str, body: bytes) -> list[Message]:
+    """The messages of one answer, each as it was sent."""
+    messages: list[Message] = []
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+    }
+    await app(scope, receive, send)
+    return messages
