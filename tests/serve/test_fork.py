@@ -51,8 +51,8 @@ async def answer_500(name: str, call: Call) -> AsyncGenerator[Message]:
     yield {"type": "http.response.body", "body": b"{}"}
 
 
-def make_fork(ask: Ask, counts: Counts, **terms: Any) -> Fork:
-    fork = Fork(SERVED, ask, counts, LIMITS.max_body_bytes)
+def make_fork(ask: Ask, counts: Counts, patience_s: float = 60, **terms: Any) -> Fork:
+    fork = Fork(SERVED, ask, counts, LIMITS.max_body_bytes, patience_s)
     spec = CandidateSpec(**{"share": 1.0, **terms})
     fork.candidates = {"people": Candidate(number=2, proposal="p", terms=spec)}
     return fork
@@ -75,10 +75,15 @@ def test_a_canary_answers_its_share_and_the_version_served_the_rest() -> None:
     assert 10 < versions.count(2) < 50
 
 
-@pytest.mark.parametrize("ask", [die, answer_500])
-def test_where_a_canary_fails_the_version_served_answers(ask: Ask) -> None:
+async def hang(name: str, call: Call) -> AsyncGenerator[Message]:
+    await asyncio.Event().wait()
+    yield {}
+
+
+@pytest.mark.parametrize(("ask", "patience_s"), [(die, 60), (answer_500, 60), (hang, 0)])
+def test_where_a_canary_fails_the_version_served_answers(ask: Ask, patience_s: float) -> None:
     counts = Counts()
-    answer = Client(make_fork(ask, counts)).post(PATH, json=ROWS)
+    answer = Client(make_fork(ask, counts, patience_s)).post(PATH, json=ROWS)
     assert (answer.status_code, answer.json()["version"]) == (200, 1)
     assert counts.sums["candidate"].failures == 1
 

@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,62 +181,93 @@ def check_root(store: Store, details: dict[str, Any]) -> None:
 def roll_out(store: Store, client: Serve) -> None:
     """Make the cluster serve what the table says, until the table stays as it is.
 
+    A candidate is asked once it runs, and goes once nobody asks it.
+
     Raises:
         HeliostatError: the replicas did not start; the sentence has their reason.
     """
     while True:
         table = read_table(store)
-        config = render_config(store, table, client.describe())
-        client.apply(config)
-        names = [app["name"] for app in config["applications"] if _is_ours(app["name"])]
-        reason = await_running(client, names, table.deploy.start_timeout_s)
+        reason = None
+        for config in plan_configs(store, table, client.describe()):
+            client.apply(config)
+            names = [app["name"] for app in config["applications"] if _is_ours(app["name"])]
+            reason = reason or await_running(client, names, table.deploy.start_timeout_s)
         if read_table(store) == table:
             break
     if reason:
         raise HeliostatError(reason)
 
 
-def render_config(store: Store, table: Table, details: dict[str, Any]) -> dict[str, Any]:
-    """The Serve configuration of `table` beside the applications that others deployed."""
-    others = [
-        app["deployed_app_config"]
+def plan_configs(store: Store, table: Table, details: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The Serve configurations of `table`, one after another, beside what others deployed."""
+    deployed = {
+        name: app["deployed_app_config"]
         for name, app in details["applications"].items()
-        if not _is_ours(name) and app["deployed_app_config"]
-    ]
-    return {
-        "proxy_location": "HeadOnly",
-        "http_options": details.get("http_options", HTTP_OPTIONS),
-        "applications": others + list_applications(store, table),
+        if app["deployed_app_config"]
     }
+    others = [config for name, config in deployed.items() if not _is_ours(name)]
+    options = details.get("http_options", HTTP_OPTIONS)
+
+    def config(applications: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "proxy_location": "HeadOnly",
+            "http_options": options,
+            "applications": others + applications,
+        }
+
+    contenders = _contend(store, table)
+    fresh = {
+        name
+        for name, app in contenders.items()
+        if deployed.get(app["name"], {}).get("args") != app["args"]
+    }
+    names = {app["name"] for app in contenders.values()}
+    leaving = [
+        app
+        for name, app in deployed.items()
+        if name.startswith(name_candidate("")) and name not in names
+    ]
+    if fresh or leaving:
+        main = _serve_all(store, table, contenders.keys() - fresh)
+        yield config([*main, *contenders.values(), *leaving])
+    yield config([*_serve_all(store, table, contenders.keys()), *contenders.values()])
 
 
-def list_applications(store: Store, table: Table) -> list[dict[str, Any]]:
-    """One application for all models, and one for each candidate, which has no route."""
+def _serve_all(store: Store, table: Table, asked: Collection[str]) -> list[dict[str, Any]]:
+    """The application of all models, none if there is none; `asked` are those of candidates."""
     if not table.models:
         return []
     models = {name: placed.numbers for name, placed in table.models.items()}
-    candidates = {
-        name: placed.candidate for name, placed in table.models.items() if placed.candidate
+    user_config = {
+        name: placed.candidate.model_dump(mode="json")
+        for name, placed in table.models.items()
+        if placed.candidate and name in asked
     }
-    user_config = {name: one.model_dump(mode="json") for name, one in candidates.items()}
-    main = {
-        **_application(store, table, build_application, models),
-        "name": APPLICATION,
-        "route_prefix": "/",
-        "deployments": [
-            {"name": Replica.__name__, **_scale(table.deploy), "user_config": user_config}
-        ],
-    }
-    return [main, *(_contend(store, table, *item) for item in candidates.items())]
+    replicas = {"name": Replica.__name__, **_scale(table.deploy), "user_config": user_config}
+    return [
+        {
+            **_application(store, table, build_application, models),
+            "name": APPLICATION,
+            "route_prefix": "/",
+            "deployments": [replicas],
+        }
+    ]
 
 
-def _contend(store: Store, table: Table, name: str, candidate: Candidate) -> dict[str, Any]:
+def _contend(store: Store, table: Table) -> dict[str, dict[str, Any]]:
+    """An application for the candidate of each model that has one; it has no route."""
     options = {"ray_actor_options": {"num_cpus": table.deploy.cpus_per_replica}}
+    replicas = {"name": Contender.__name__, "num_replicas": 1, **options}
     return {
-        **_application(store, table, build_candidate, {name: (candidate.number,)}),
-        "name": name_candidate(name),
-        "route_prefix": None,
-        "deployments": [{"name": Contender.__name__, "num_replicas": 1, **options}],
+        name: {
+            **_application(store, table, build_candidate, {name: (placed.candidate.number,)}),
+            "name": name_candidate(name),
+            "route_prefix": None,
+            "deployments": [replicas],
+        }
+        for name, placed in table.models.items()
+        if placed.candidate
     }
 
 
@@ -287,7 +318,7 @@ def _say_replicas(deploy: DeploySpec) -> str:
 def _find_placed(table: Table, name: str) -> Placement:
     placed = table.models.get(name)
     if placed is None:
-        served = ", ".join(table.models) or "nothing"
+        served = ", ".join(sorted(table.models)) or "nothing"
         raise HeliostatError(f"{name} is not served, but {served}: deploy it first")
     return placed
 

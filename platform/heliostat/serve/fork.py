@@ -41,13 +41,16 @@ class Fork:
     """`ask` is how the candidate of a model is asked, `count` is told what became of a request.
 
     While there is no `candidates` a request costs a look at that. A candidate that fails is not the
-    client's business: the version served answers then, unless the answer has begun.
+    client's business: the version served answers then, unless the answer has begun. It fails too
+    if it does not begin within `patience_s`.
     """
 
-    def __init__(self, app: ASGIApp, ask: Ask, count: Count, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, ask: Ask, count: Count, max_body_bytes: int, patience_s: float
+    ) -> None:
         self.candidates: Mapping[str, Candidate] = {}
         self._app, self._ask, self._count = app, ask, count
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._patience_s = max_body_bytes, patience_s
         self._shadows: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,8 +86,12 @@ class Fork:
         began = time.perf_counter()
         answered = _Seen(send)
         try:
-            async with contextlib.aclosing(self._ask(name, call)) as messages:
+            async with (
+                asyncio.timeout(self._patience_s) as limit,
+                contextlib.aclosing(self._ask(name, call)) as messages,
+            ):
                 async for message in messages:
+                    limit.reschedule(None)
                     if answered.begun or message["status"] < 500:
                         await answered.send(message)
                     else:
@@ -102,8 +109,9 @@ class Fork:
         began = time.perf_counter()
         answered = _Seen(_drop)
         with contextlib.suppress(Exception):
-            async for message in self._ask(name, call):
-                await answered.send(message)
+            async with asyncio.timeout(self._patience_s):
+                async for message in self._ask(name, call):
+                    await answered.send(message)
         failed = not answered.ended or answered.status >= 500
         one = tally(failed, time.perf_counter() - began)
         if not one.failures:

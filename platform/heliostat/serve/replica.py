@@ -67,7 +67,9 @@ class Replica:
             if candidate := self._candidates.get(name):
                 reporter.count(find_board(name, candidate.proposal), side, tally)
 
-        self._fork = Fork(build_api(self.plan), self._ask, count, self.plan.max_body_bytes)
+        plan = self.plan
+        patience_s = plan.request_timeout_s / 3
+        self._fork = Fork(build_api(plan), self._ask, count, plan.max_body_bytes, patience_s)
         self._fork.candidates = self._candidates
         return self._fork
 
