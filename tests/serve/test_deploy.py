@@ -364,7 +364,7 @@ CANARY = {"share": 0.3, "min_requests": 60, "max_latency_ratio": 100, "timeout_s
 
 @pytest.mark.cluster
 def test_a_canary_that_is_as_good_takes_over_without_a_lost_request(
-    store: Store, digits: str, serve_client: ServeSubmissionClient
+    store: Store, digits: str, serve_client: ServeSubmissionClient, wait_until: Wait
 ) -> None:
     old, new = predict_online(digits)[0], publish(store, 500)
     with steady_load(digits) as answered:
@@ -373,7 +373,7 @@ def test_a_canary_that_is_as_good_takes_over_without_a_lost_request(
     assert set(answered) == {(200, old), (200, new.number)}
     placed = read_table(store).models["digits"]
     assert (placed.number, placed.previous, placed.candidate) == (new.number, (old,), None)
-    assert list(serve_client.get_serve_details()["applications"]) == [APPLICATION]
+    wait_until(lambda: list(serve_client.get_serve_details()["applications"]) == [APPLICATION], 60)
 
 
 @pytest.mark.cluster
