@@ -33,6 +33,7 @@ POLL_SECONDS = 0.5
 REPORT_SECONDS = 5.0
 MAX_REASON_CHARS = 600
 HTTP_OPTIONS = {"host": "127.0.0.1", "port": 8000}
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 REASON = re.compile(r"^[\w.]+(?:Error|Exception|Missing): ", re.MULTILINE)
 
 
@@ -53,6 +54,7 @@ class Plan(Section):
     max_body_bytes: Positive
     max_requests: Positive
     request_timeout_s: float
+    auth: bool
 
 
 class Replica:
@@ -62,11 +64,16 @@ class Replica:
         self.plan = plan
 
     def __serve_build_asgi_app__(self) -> Starlette:
+        from heliostat.keys import Keyring, follow
         from heliostat.serve.app import build_app
+        from heliostat.serve.desk import Desk
         from heliostat.serve.door import Limits
+        from heliostat.serve.gate import Gate
+        from heliostat.serve.office import reach_office
         from heliostat.serve.shelf import Shelf, load
 
         plan, store = self.plan, connect(self.plan.root)
+        desk = Desk(reach_office(plan.root))  # which starts while the models are loaded
         models = {
             name: [registry.resolve(store, f"{name}:{number}")]
             for name, number in plan.models.items()
@@ -74,7 +81,13 @@ class Replica:
         shelf = Shelf(models, partial(load, store), plan.max_model_bytes)
         shelf.fill()
         limits = Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s)
-        return build_app(shelf, limits)
+        app, ring = build_app(shelf, limits), Keyring(store)
+        if plan.auth:
+            ring.refresh()
+            follow(ring)
+        find = ring.find if plan.auth else None
+        app.add_middleware(Gate, find=find, desk=desk)
+        return app
 
 
 def build_application(plan: Plan) -> serve.Application:
@@ -141,7 +154,9 @@ def deploy(spec: RunSpec) -> str:
     registry.load_weights(store, version)
     zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = Serve()
-    check_root(store, client.describe())
+    details = client.describe()
+    check_root(store, details)
+    check_auth(spec.deploy, details)
     place = partial(
         replace_model,
         name=name,
@@ -186,6 +201,23 @@ def check_root(store: Store, details: dict[str, Any]) -> None:
             f"the cluster serves the models of {served}, not of {store.uri}: set root to that, "
             "or end them first with `serve shutdown`"
         )
+
+
+def check_auth(deploy: DeploySpec, details: dict[str, Any]) -> None:
+    """Warn of a deploy without keys, refuse it where others can reach it.
+
+    Raises:
+        HeliostatError: Serve listens not only to this machine.
+    """
+    if deploy.auth:
+        return
+    host = details.get("http_options", HTTP_OPTIONS).get("host", HTTP_OPTIONS["host"])
+    if host not in LOOPBACK_HOSTS:
+        raise HeliostatError(
+            f"deploy.auth is off and Serve listens on {host}: anybody could ask, so leave it on "
+            "and make keys with `heliostat keys create`, or let Serve listen on 127.0.0.1"
+        )
+    print("WARNING: deploy.auth is off: every program of this machine may ask", flush=True)
 
 
 def replace_model(table: Table, name: str, number: int | None, **how: Any) -> Table:
@@ -268,6 +300,7 @@ def render_application(store: Store, table: Table) -> dict[str, Any]:
         max_body_bytes=math.ceil(deploy.max_body_mib * 2**20),
         max_requests=deploy.max_queued_requests,
         request_timeout_s=deploy.request_timeout_s,
+        auth=deploy.auth,
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
     code = f"{root}/code/{table.code}.zip"

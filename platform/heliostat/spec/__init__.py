@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError, field_validator
+from pydantic import StrictBool, ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
@@ -89,7 +89,7 @@ class DeploySpec(Section):
     """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up.
 
     The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
-    it is asked for.
+    it is asked for. With `auth` only those with an API key are answered, the same for all models.
     """
 
     version: Positive | None = None
@@ -99,6 +99,7 @@ class DeploySpec(Section):
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30
+    auth: StrictBool = True
 
 
 class RunSpec(Section):
