@@ -16,7 +16,7 @@ from heliostat.usage import Meter
 
 logger = logging.getLogger(__name__)
 
-NAME, NAMESPACE = "office", "heliostat"
+NAMESPACE = "heliostat"
 FLUSH_SECONDS = 3.0  # with the second in which replicas report: no request is unwritten for 5 s
 IDLE_SECONDS = 600.0  # without one question: no replica is left
 # A head outlives the spot nodes, and a node that is not one has none of this resource.
@@ -71,7 +71,7 @@ def reach_office(root: str) -> Send:
 
 def _find_office(root: str) -> "ray.actor.ActorHandle":
     options = {
-        "name": NAME,
+        "name": f"office of {root}",
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
