@@ -210,9 +210,9 @@ def show_usage(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(sums, default=asdict))
     elif sums:
-        header = [options.by, *(name.replace("_", " ") for name in asdict(usage.Sum()))]
+        header = [options.by, *asdict(usage.Sum())]
         rows = [
-            [name or "-", *(f"{value:,.6g}" for value in asdict(one).values())]
+            [name or "-", *(f"{round(value, 1):,}" for value in asdict(one).values())]
             for name, one in sums.items()
         ]
         print(_render_table(header, rows))

@@ -5,7 +5,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -74,8 +74,12 @@ class Desk:
                     f"the key has used its {name.replace('_', ' ')}, retry after the time given",
                     headers={"retry-after": str(math.ceil(waits[name]))},
                 )
-            self._wanted.update((one.account, one) for one in short)
-            await asyncio.shield(self._ask())
+            if self._spare:
+                wants = self._list_wants(short)
+                self._apply(wants, self._answer_alone(wants))
+            else:
+                self._wanted.update((one.account, one) for one in short)
+                await asyncio.shield(self._ask())
         for one in key.allowances:
             if one.unit == "requests":
                 self._pay(one, 1)
@@ -108,10 +112,9 @@ class Desk:
             await self.close()
 
     async def close(self) -> None:
-        """Report all that there is to report now."""
-        if self._asking:
-            await self._asking
-        await self._ask()
+        """Report all that there is to report now: what is on its way, and the rest."""
+        for _ in range(2):
+            await self._ask()
 
     def _pay(self, allowance: Allowance, units: float) -> None:
         account = allowance.account
@@ -128,11 +131,16 @@ class Desk:
 
     async def _exchange(self) -> None:
         wanted, self._wanted = self._wanted, {}
-        wants = tuple(Want(one, self._left.get(one.account, 0.0)) for one in wanted.values())
+        wants = self._list_wants(wanted.values())
         if not self._batch.records and self._records:
             self._batch = Batch(self._batch.number + 1, tuple(self._records))
             self._records = []
-        answer = await self._consult(wants)
+        self._apply(wants, await self._consult(wants))
+
+    def _list_wants(self, allowances: Iterable[Allowance]) -> tuple[Want, ...]:
+        return tuple(Want(one, self._left.get(one.account, 0.0)) for one in allowances)
+
+    def _apply(self, wants: tuple[Want, ...], answer: Answer) -> None:
         now = self._clock()
         for want, grant in zip(wants, answer.grants, strict=True):
             account = want.allowance.account

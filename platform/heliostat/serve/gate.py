@@ -244,7 +244,7 @@ def find_network(address: str) -> str:
     """The address itself, of an IPv6 address the /64 that one client has as a rule."""
     with suppress(ValueError):
         found = ipaddress.ip_address(address)
-        if found.version == 6:
+        if found.version == 6 and not found.ipv4_mapped:
             return str(ipaddress.ip_network((found, 64), strict=False))
         return str(found)
     return ""

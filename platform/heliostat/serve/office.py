@@ -5,7 +5,7 @@ import logging
 import time
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from heliostat.errors import HeliostatError
 from heliostat.keys import make_clock
@@ -58,11 +58,10 @@ def reach_office(root: str) -> Send:
     async def send(ask: Ask) -> Answer:
         nonlocal office
         try:
+            office = office or await asyncio.to_thread(_find_office, root)
             answer: Answer = await office.answer.remote(ask)
-        except ray.exceptions.ActorDiedError as error:
-            office = await asyncio.to_thread(_find_office, root)
-            raise Away from error
         except RayError as error:
+            office = None if isinstance(error, ActorDiedError) else office
             raise Away from error
         return answer
 
