@@ -255,9 +255,7 @@ def test_a_key_that_cannot_be_is_one_sentence(
     assert output.err.startswith("error: ")
 
 
-def test_usage_adds_up_by_what_is_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_adds_up_by_what_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--root", str(tmp_path)]
     assert cli.main(["usage", *root]) == 0
     assert "No request" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def test_no_text_opens_an_empty_ring_or_breaks_it(token: str) -> None:
 def test_an_unknown_id_is_compared_as_a_known_one_is(
     store: Store, ring: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token, key = create(store, "ana")
+    _, key = create(store, "ana")
     ring.refresh()
     compared: list[tuple[int, int]] = []
 
@@ -210,9 +210,7 @@ def test_a_key_may_what_its_scopes_name(store: Store) -> None:
         ({"days": 1e9}, "days"),
     ],
 )
-def test_what_is_no_key_is_one_sentence(
-    store: Store, change: dict[str, object], told: str
-) -> None:
+def test_what_is_no_key_is_one_sentence(store: Store, change: dict[str, object], told: str) -> None:
     with pytest.raises(HeliostatError, match=told):
         create(store, **{"owner": "ana", **change})  # type: ignore[arg-type]
     assert list_keys(store) == []

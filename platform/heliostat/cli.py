@@ -373,9 +373,7 @@ def _add_key_options(
     # Both places may name these; SUPPRESS keeps what was given before the subcommand.
     parser.add_argument("--root", default=argparse.SUPPRESS, metavar="URI", help="where they are")
     parser.add_argument("--home", default=argparse.SUPPRESS, metavar="DIR", help="see keys --help")
-    parser.add_argument(
-        "--json", default=argparse.SUPPRESS, action="store_true", help="print JSON"
-    )
+    parser.add_argument("--json", default=argparse.SUPPRESS, action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 

@@ -84,9 +84,7 @@ class Key(Section):
 
     def may(self, verb: str, model: str | None = None) -> bool:
         """Whether it may do this, to this model if one is named."""
-        return verb in self.verbs and (
-            model is None or model in self.models or ANY in self.models
-        )
+        return verb in self.verbs and (model is None or model in self.models or ANY in self.models)
 
     @cached_property
     def allowances(self) -> tuple[Allowance, ...]:

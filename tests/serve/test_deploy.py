@@ -394,9 +394,7 @@ def test_replicas_share_a_keys_limit_and_all_is_in_the_bucket(
 
 @pytest.mark.cluster
 @pytest.mark.faults
-def test_a_killed_office_is_missed_by_nobody(
-    store: Store, guarded: str, wait_until: Wait
-) -> None:
+def test_a_killed_office_is_missed_by_nobody(store: Store, guarded: str, wait_until: Wait) -> None:
     token, key = keys.create(store, "ana", limits=Limits(requests_per_second=1000))
     wait_until(lambda: ask_with(token, guarded)[0].status_code == 200)
 

@@ -74,9 +74,7 @@ def be_away(ask: Ask) -> None:
 
 
 async def count_admitted(desk: Desk, key: Key, tries: int) -> tuple[int, list[Refusal]]:
-    found = await asyncio.gather(
-        *(desk.admit(key) for _ in range(tries)), return_exceptions=True
-    )
+    found = await asyncio.gather(*(desk.admit(key) for _ in range(tries)), return_exceptions=True)
     refused = [one for one in found if isinstance(one, Refusal)]
     assert len(refused) + found.count(None) == tries
     return found.count(None), refused

@@ -194,7 +194,7 @@ def test_a_websocket_is_refused_before_it_is_one(site: Site, can_answer: bool) -
         async def receive() -> Message:
             return {"type": "websocket.connect"}
 
-        extensions = {"websocket.http.response": {}} if can_answer else {}
+        extensions: dict[str, object] = {"websocket.http.response": {}} if can_answer else {}
         scope: Scope = {
             "type": "websocket",
             "path": "/v1/models",
@@ -358,9 +358,10 @@ def test_addresses_without_end_cost_a_bounded_memory() -> None:
 
 def test_one_network_of_ipv6_is_one_address() -> None:
     strikes = Strikes(lambda: 0.0)
+    for number in range(int(WRONG_AT_ONCE)):
+        strikes.strike(f"2001:db8::{number:x}")
     with pytest.raises(Refusal):
-        for number in range(100):
-            strikes.strike(f"2001:db8::{number:x}")
+        strikes.strike("2001:db8::ffff:1")
     strikes.strike("2001:db8:0:1::1")
 
 
@@ -386,6 +387,7 @@ def test_a_key_is_in_no_log_no_answer_and_no_record(
         raise RuntimeError("a bug")
 
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.WARNING, "httpx")  # the client's own, which logs what it asks
     site.app.router.routes.insert(0, Route("/openapi.json", fail))
     token = site.make_token()
     narrow = site.make_token(models=("shapes",), limits=Limits(requests_per_second=1))

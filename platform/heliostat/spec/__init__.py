@@ -50,6 +50,7 @@ __all__ = [
     "ModelSpec",
     "OptimizerSpec",
     "Positive",
+    "PositiveFloat",
     "RecsysSpec",
     "RnnSpec",
     "RopeScalingSpec",
