@@ -340,7 +340,7 @@ def test_models_are_deployed_beside_each_other_and_of_one_root(store: Store, dig
 @pytest.fixture
 def guarded(store: Store, digits: str) -> Iterator[str]:
     """digits behind keys, on two replicas."""
-    version = predict_online(digits)[0]
+    version = read_table(store).models["digits"]
     deploy(make_spec(store.uri, version=version, replicas=2, auth=True))
     yield digits
     deploy(make_spec(store.uri, version=version))
@@ -359,6 +359,10 @@ def ask_with(token: str, url: str, times: int = 1) -> list[httpx.Response]:
 
 def count_statuses(responses: list[httpx.Response]) -> Counter[int]:
     return Counter(response.status_code for response in responses)
+
+
+def predict_version(token: str, url: str) -> int:
+    return int(ask_with(token, url)[0].json()["version"])
 
 
 @pytest.mark.cluster
@@ -394,7 +398,9 @@ def test_replicas_share_a_keys_limit_and_all_is_in_the_bucket(
 
 @pytest.mark.cluster
 @pytest.mark.faults
-def test_a_killed_office_is_missed_by_nobody(store: Store, guarded: str, wait_until: Wait) -> None:
+def test_neither_a_killed_office_nor_a_redeploy_loses_a_request_or_its_record(
+    store: Store, guarded: str, wait_until: Wait
+) -> None:
     token, key = keys.create(store, "ana", limits=Limits(requests_per_second=1000))
     wait_until(lambda: ask_with(token, guarded)[0].status_code == 200)
 
@@ -411,7 +417,10 @@ def test_a_killed_office_is_missed_by_nobody(store: Store, guarded: str, wait_un
     psutil.Process(office.pid).kill()
     assert count_statuses(ask_with(token, guarded, 200)) == {200: 200}
     wait_until(lambda: count_recorded() >= before + 200, 60)
-    assert count_recorded() == before + 200
+    assert count_statuses(ask_with(token, guarded, 50)) == {200: 50}
+    deploy(make_spec(store.uri, version=predict_version(token, guarded) % 2 + 1, auth=True))
+    wait_until(lambda: count_recorded() >= before + 251, 60)
+    assert count_recorded() == before + 251
 
 
 @pytest.mark.cluster

@@ -108,6 +108,16 @@ def test_no_window_lets_in_more_than_the_limit_and_a_lease_each(
         assert sum(count for _, count in window) <= most + ROUNDING
 
 
+def test_an_office_that_was_killed_gives_nothing_twice() -> None:
+    world = World(make_allowance("tokens", 60, 60.0), now=100.0)
+    world.now += 600
+    assert [world.request(0) for _ in range(60)] == [None] * 60
+    world.start()
+    assert world.request(0) == pytest.approx(1.0)
+    world.now += 30
+    assert [world.request(0) is None for _ in range(40)].count(True) == 30
+
+
 @given(units=limits, seconds=st.sampled_from([1.0, 60.0]), steps=steps)
 def test_who_waits_as_long_as_told_is_let_in(
     units: float, seconds: float, steps: list[tuple[float, int, int]]
