@@ -5,6 +5,7 @@ python jobs/benchmark.py data                       # bucket -> tensors, rows pe
 python jobs/benchmark.py data root=s3://my-bucket repeats=5
 python jobs/benchmark.py train                      # a step, submit to first step, kill to next
 python jobs/benchmark.py train only=steps repeats=1
+python jobs/benchmark.py gate                       # what keys, limits and metering cost a request
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import ray
 import torch
 
-from heliostat.benchmark import data, gpu, train
+from heliostat.benchmark import data, gate, gpu, train
 from heliostat.errors import HeliostatError
 from heliostat.job import run
 from heliostat.spec import Positive, Section, parse_options
@@ -67,9 +68,15 @@ def measure_train(options: Options) -> dict[str, Any]:
     return {**found, "mfu": gpu.measure().mfu if torch.cuda.is_available() else None}
 
 
+def measure_gate(options: Options) -> dict[str, Any]:
+    found = gate.measure(options.repeats, partial(print, flush=True))
+    return {"added_microseconds": {name: round(micros, 1) for name, micros in found.items()}}
+
+
 BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "data": measure_data,
     "train": measure_train,
+    "gate": measure_gate,
 }
 
 

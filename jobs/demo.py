@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat import evaluate, local, registry, storage
+from heliostat import evaluate, keys, local, registry, storage
 from heliostat.data.digits import upload_digits
 from heliostat.data.manifest import load_manifest
 from heliostat.data.shards import read_group, to_columns
@@ -51,11 +51,13 @@ def main() -> None:
             store = storage.connect(cluster.root)
             raw = storage.connect(f"{cluster.root}/{RAW}")
             say(f"uploaded {upload_digits(raw):,} raw images to {raw.uri}")
+            token, _ = keys.create(store, "the demo", models=("digits",), verbs=("predict",))
             for stage in STAGES:
                 submit(stage)
             version = registry.resolve(store, "digits")
             accuracy = registry.list_evaluations(store, version)[0].scores["accuracy"]
-            answered = compare(store, version, f"{cluster.serve_url}/v1/models/digits:predict")
+            url = f"{cluster.serve_url}/v1/models/digits:predict"
+            answered = compare(store, version, url, token)
         finally:
             say("stopping everything")
             local.stop(home)
@@ -95,7 +97,7 @@ def submit(stage: str) -> None:
         raise HeliostatError(f"the {stage} job failed, its output above says why")
 
 
-def compare(store: Store, version: registry.Version, url: str) -> int:
+def compare(store: Store, version: registry.Version, url: str, token: str) -> int:
     """Send held-out raw files over HTTP; how many answers equal the offline predictions."""
     manifest = load_manifest(store, version.data_name, version.data_version)
     shards = manifest.shards_of("test")
@@ -107,15 +109,16 @@ def compare(store: Store, version: registry.Version, url: str) -> int:
     labels = version.output["labels"]
     equal = 0
     for key, expected in zip(rows["id"].to_pylist(), offline, strict=True):
-        answer = ask(url, store.read(f"{RAW}/{key}"))
+        answer = ask(url, store.read(f"{RAW}/{key}"), token)
         online = np.array([answer["probabilities"][label] for label in labels])
         same_class = answer["class"] == labels[int(expected.argmax())]
         equal += same_class and bool(np.allclose(online, expected, atol=1e-5))
     return equal
 
 
-def ask(url: str, image: bytes) -> dict[str, Any]:
-    request = urllib.request.Request(url, image, {"Content-Type": "image/png"})
+def ask(url: str, image: bytes, token: str) -> dict[str, Any]:
+    headers = {"Content-Type": "image/png", "Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(url, image, headers)
     with urllib.request.urlopen(request, timeout=30) as response:
         answer: dict[str, Any] = json.load(response)["predictions"][0]
     return answer

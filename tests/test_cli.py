@@ -16,11 +16,14 @@ import psutil
 import pytest
 from safetensors.numpy import save
 
-from heliostat import cli, local, registry, storage
+from heliostat import cli, local, registry, storage, usage
 from heliostat.local import machine, processes
 from heliostat.local.home import Home, furnish, read_state
 
-COMMANDS = (["up"], ["status"], ["env"], ["down"], ["models"], ["models", "show"], ["export"])
+COMMANDS = (
+    *(["up"], ["status"], ["env"], ["down"], ["models"], ["models", "show"], ["export"]),
+    *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +198,82 @@ def test_an_upload_keeps_paths_and_leaves_hidden_files(
     assert [entry.key for entry in store.list()] == ["one/é.png", "zero/a b.png"]
     assert store.read("one/é.png") == "one/é.png".encode()
     assert cli.main(["upload", str(tmp_path / "none"), f"{bucket}/raw"]) == 2
+
+
+def test_a_key_is_made_shown_once_listed_and_revoked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--root", str(tmp_path)]
+    assert cli.main(["keys", *root]) == 0
+    assert "no key" in capsys.readouterr().out
+    scopes = ["--models", "digits,letters", "--verbs", "predict,read", "--days", "90"]
+    limits = ["--limit", "requests_per_second=2.5", "--limit", "rows_per_month=7"]
+    assert cli.main(["keys", "create", "--owner", "ana", *scopes, *limits, *root]) == 0
+    made = capsys.readouterr()
+    token = made.out.strip()
+    _, key_id, secret = token.split("_")
+    assert secret not in made.err
+
+    assert cli.main(["keys", "list", *root]) == 0
+    listed = capsys.readouterr().out
+    assert "digits,letters" in listed
+    assert "requests_per_second=2.5 rows_per_month=7" in listed
+    assert cli.main(["keys", *root, "list", "--json"]) == 0
+    shown = capsys.readouterr().out
+    (key,) = json.loads(shown)
+    assert (key["id"], key["owner"], key["verbs"]) == (key_id, "ana", ["predict", "read"])
+    assert secret not in listed + shown
+
+    for _ in range(2):
+        assert cli.main(["keys", "revoke", key_id, *root]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert "was revoked at" in first
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["create", "--owner", "ana", "--limit", "requests_per_second=0"],
+        ["create", "--owner", "ana", "--limit", "requests"],
+        ["create", "--owner", "ana", "--limit", "wishes=3"],
+        ["create", "--owner", "ana", "--models", "../x"],
+        ["create", "--owner", "ana", "--verbs", "delete"],
+        ["create", "--owner", "ana", "--days", "nan"],
+        ["create", "--owner", "a\nb"],
+        ["revoke", "0123456789abcdef"],
+        ["revoke", "me"],
+    ],
+    ids=" ".join,
+)
+def test_a_key_that_cannot_be_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert cli.main(["keys", *arguments, "--root", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert output.err.startswith("error: ")
+
+
+def test_usage_adds_up_by_what_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--root", str(tmp_path)]
+    assert cli.main(["usage", *root]) == 0
+    assert "No request" in capsys.readouterr().out
+    meter = usage.Meter(storage.connect(str(tmp_path)), wall=lambda: 1e9)
+    meter.add(
+        usage.Record(1e9 + day * 86_400, "k", model, 1, "/", 3, 0, 0, 0.5, status)
+        for day, model, status in ((0, "a", 200), (0, "b", 422), (1, "a", 200))
+    )
+    meter.flush()
+    assert cli.main(["usage", *root, "--by", "model", "--json"]) == 0
+    sums = json.loads(capsys.readouterr().out)
+    assert {name: one["requests"] for name, one in sums.items()} == {"a": 2, "b": 1}
+    assert cli.main(["usage", *root, "--by", "day", "--since", "2001-09-10"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["day", "requests", "errors"]
+    assert [row.split()[:4] for row in rows] == [["2001-09-10", "1", "0", "3"]]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["usage", *root, "--since", "yesterday"])
 
 
 @pytest.mark.cluster

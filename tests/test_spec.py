@@ -149,6 +149,7 @@ WRONG: dict[str, list[Any]] = {
     "train.optimizer.kind": ["lion", None],
     "deploy.start_timeout_s": [0, float("inf"), True],
     "deploy.request_timeout_s": [0, float("inf"), False],
+    "deploy.auth": [None, "off", 0, 1, {}],
 }
 
 

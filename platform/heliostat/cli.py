@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from heliostat.errors import HeliostatError
 
 if TYPE_CHECKING:
+    from heliostat.keys import Key
     from heliostat.local import Cluster, Usage
     from heliostat.registry import Lineage, Version
     from heliostat.spec import DeploySpec
@@ -210,6 +212,68 @@ def _share(text: str) -> float:
     return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
+def create_key(options: argparse.Namespace) -> None:
+    from heliostat import keys
+    from heliostat.spec import parse_options
+
+    token, key = keys.create(
+        _open_store(options),
+        options.owner,
+        models=options.models.split(","),
+        verbs=options.verbs.split(",") if options.verbs else keys.VERBS,
+        days=options.days,
+        limits=parse_options(keys.Limits, tuple(options.limit)),
+    )
+    if options.json:
+        print(json.dumps({"token": token, **_describe_key(key)}))
+        return
+    print(token)
+    print(
+        f"key {key.id} of {key.owner}: it is shown this once, and known to the replicas within "
+        f"{keys.REFRESH_SECONDS:g} s",
+        file=sys.stderr,
+    )
+
+
+def list_keys(options: argparse.Namespace) -> None:
+    from heliostat import keys
+
+    found = keys.list_keys(_open_store(options))
+    if options.json:
+        print(json.dumps([_describe_key(key) for key in found]))
+    elif found:
+        print(_render_keys(found))
+    else:
+        print(f"There is no key in {options.root} yet: make one with `heliostat keys create`.")
+
+
+def revoke_key(options: argparse.Namespace) -> None:
+    from heliostat import keys
+
+    key = keys.revoke(_open_store(options), options.id)
+    if options.json:
+        print(json.dumps(_describe_key(key)))
+    else:
+        print(f"key {key.id} of {key.owner} was revoked at {key.revoked:%Y-%m-%d %H:%M:%S} UTC")
+
+
+def show_usage(options: argparse.Namespace) -> None:
+    from heliostat import usage
+
+    sums = usage.summarise(_open_store(options), options.by, options.since)
+    if options.json:
+        print(json.dumps(sums, default=asdict))
+    elif sums:
+        header = [options.by, *asdict(usage.Sum())]
+        rows = [
+            [name or "-", *(f"{round(value, 1):,}" for value in asdict(one).values())]
+            for name, one in sums.items()
+        ]
+        print(_render_table(header, rows))
+    else:
+        print(f"No request has been recorded in {options.root} for that time.")
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="heliostat", description="From raw data in a bucket to answers over HTTP, on Ray."
@@ -217,6 +281,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_cluster_commands(commands)
     _add_model_commands(commands)
+    _add_key_commands(commands)
     command = _add_command(
         commands,
         "upload",
@@ -344,6 +409,77 @@ def _add_model_commands(commands: Any) -> None:
     _add_reference(alias, move_alias)
     alias.add_argument("alias", metavar="ALIAS", help="found as NAME@ALIAS from then on")
     _explain(alias, ["heliostat models alias digits:3 production"])
+
+
+def _add_key_commands(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "keys",
+        list_keys,
+        "make, list and revoke the API keys of a bucket",
+        ["heliostat keys list", "heliostat keys create --owner ana@example.com"],
+    )
+    parser.add_argument("--root", default="s3://heliostat", metavar="URI", help="where they are")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    own = parser.add_subparsers(metavar="COMMAND")
+    command = own.add_parser("create", help="make a key and print it, this once")
+    _add_key_options(command, create_key)
+    command.add_argument("--owner", required=True, help="whose it is, as a name or an address")
+    command.add_argument("--models", default="*", metavar="NAMES", help="a,b (default: all)")
+    command.add_argument(
+        "--verbs", metavar="VERBS", help="of predict,generate,explain,read (default: all)"
+    )
+    command.add_argument("--days", type=float, help="until it expires (default: never)")
+    command.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="requests_per_second, tokens_per_minute, tokens_per_month or rows_per_month",
+    )
+    _explain(
+        command,
+        [
+            "heliostat keys create --owner ana@example.com",
+            "heliostat keys create --owner app --models digits,letters --verbs predict \\\n"
+            "      --days 90 --limit requests_per_second=20 --limit rows_per_month=1000000",
+        ],
+    )
+    command = own.add_parser("list", help="what each key may do, and until when")
+    _add_key_options(command, list_keys)
+    _explain(command, ["heliostat keys list", "heliostat keys list --json | jq -r '.[].id'"])
+    command = own.add_parser("revoke", help="end a key for good, whether it still lives or not")
+    command.add_argument("id", metavar="ID", help="the 16 digits after hs_")
+    _add_key_options(command, revoke_key)
+    _explain(command, ["heliostat keys revoke 0123456789abcdef"])
+    command = _add_command(
+        commands,
+        "usage",
+        show_usage,
+        "add up what was used: requests, errors, rows, tokens, seconds",
+        ["heliostat usage", "heliostat usage --by day --since 2026-11-01 --json"],
+    )
+    command.add_argument("--root", default="s3://heliostat", metavar="URI", help="where it is")
+    command.add_argument("--by", default="key", choices=("key", "model", "day"))
+    command.add_argument("--since", type=_parse_day, metavar="DAY", help="YYYY-MM-DD, in UTC")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_key_options(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int | None]
+) -> None:
+    # Both places may name these; SUPPRESS keeps what was given before the subcommand.
+    parser.add_argument("--root", default=argparse.SUPPRESS, metavar="URI", help="where they are")
+    parser.add_argument("--home", default=argparse.SUPPRESS, metavar="DIR", help="see keys --help")
+    parser.add_argument("--json", default=argparse.SUPPRESS, action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def _parse_day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a day: give YYYY-MM-DD") from error
 
 
 def _add_reference(
@@ -477,6 +613,32 @@ def _render_lineage(lineage: "Lineage") -> str:
 
 def _render_metrics(metrics: dict[str, float]) -> str:
     return " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
+
+
+def _describe_key(key: "Key") -> dict[str, Any]:
+    described: dict[str, Any] = key.model_dump(mode="json", exclude={"sha256"})
+    return described
+
+
+def _render_keys(found: "Sequence[Key]") -> str:
+    def show(when: datetime | None) -> str:
+        return f"{when:%Y-%m-%d %H:%M}" if when else "-"
+
+    rows = [
+        (
+            key.id,
+            key.owner,
+            ",".join(key.models),
+            ",".join(key.verbs),
+            " ".join(f"{one.name}={one.units:g}" for one in key.allowances) or "-",
+            show(key.created),
+            show(key.expires),
+            show(key.revoked),
+        )
+        for key in found
+    ]
+    header = ("key", "owner", "models", "verbs", "limits", "created", "expires", "revoked")
+    return _render_table(header, rows)
 
 
 def _render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

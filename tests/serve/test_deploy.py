@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,18 +25,21 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
-from heliostat import registry
+from heliostat import keys, registry, usage
 from heliostat.data.features import ImageFeatures, features_to_json, input_of
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, predict
+from heliostat.keys import Limits
 from heliostat.local import Cluster
 from heliostat.models import build
 from heliostat.serve.deploy import APPLICATION, rollback
 from heliostat.serve.deploy import deploy as release
+from heliostat.serve.ledger import LEASE_SECONDS
 from heliostat.serve.table import Placement, Table, change_table, place, read_table
 from heliostat.signature import Classes, Signature, output_to_json
 from heliostat.spec import RunSpec, dump, parse
 from heliostat.storage import Store, connect
+from heliostat.usage import Sum
 
 REPOSITORY = Path(__file__).parents[2]
 FEATURES = ImageFeatures(8, 8, 1, (0.5,), (0.25,))
@@ -51,13 +55,14 @@ def deploy(spec: RunSpec) -> str:
 
 
 def make_spec(root: str, name: str = "digits", **deploy: Any) -> RunSpec:
+    """Without keys, unless `auth` is asked for."""
     return parse(
         {
             "name": name,
             "root": root,
             "data": {"source": "raw"},
             "model": {"kind": "mlp", "hidden": [16]},
-            "deploy": deploy,
+            "deploy": {"auth": False, **deploy},
         }
     )
 
@@ -164,7 +169,8 @@ def list_replicas(client: ServeSubmissionClient) -> list[dict[str, Any]]:
 def submit_deploy(cluster: Cluster, store: Store, spec: Path, wait_until: Wait) -> str:
     """Deploy digits:1 by `ray job submit ... jobs/deploy.py`; the last line that it prints."""
     spec.write_text(
-        f"{{name: digits, root: '{store.uri}', data: {{source: raw}}, model: {{kind: mlp}}}}"
+        f"{{name: digits, root: '{store.uri}', data: {{source: raw}}, model: {{kind: mlp}}, "
+        "deploy: {auth: off}}"
     )
     jobs = JobSubmissionClient(cluster.dashboard_url)
     job = jobs.submit_job(
@@ -328,6 +334,92 @@ def test_models_are_deployed_beside_each_other_and_of_one_root(store: Store, dig
     publish(elsewhere, 1)
     with pytest.raises(HeliostatError, match="serves the models of"):
         deploy(make_spec(elsewhere.uri))
+
+
+@pytest.fixture
+def guarded(store: Store, digits: str) -> Iterator[str]:
+    """digits behind keys, on two replicas."""
+    version = read_table(store).models["digits"].number
+    deploy(make_spec(store.uri, version=version, replicas=2, auth=True))
+    yield digits
+    deploy(make_spec(store.uri, version=version))
+
+
+def ask_with(token: str, url: str, times: int = 1) -> list[httpx.Response]:
+    """Each over a connection of its own, so that every replica gets some."""
+    headers = {"authorization": f"Bearer {token}", "connection": "close"}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [
+            pool.submit(httpx.post, url, json=INSTANCES, headers=headers, timeout=30)
+            for _ in range(times)
+        ]
+        return [one.result() for one in asked]
+
+
+def count_statuses(responses: list[httpx.Response]) -> Counter[int]:
+    return Counter(response.status_code for response in responses)
+
+
+def predict_version(token: str, url: str) -> int:
+    return int(ask_with(token, url)[0].json()["version"])
+
+
+@pytest.mark.cluster
+def test_replicas_share_a_keys_limit_and_all_is_in_the_bucket(
+    store: Store, guarded: str, wait_until: Wait
+) -> None:
+    assert httpx.post(guarded, json=INSTANCES).status_code == 401
+    assert httpx.get(httpx.URL(guarded).join("/healthz")).status_code == 200
+    rate = 5
+    limited, key = keys.create(store, "ana", limits=Limits(requests_per_second=rate))
+    free, other = keys.create(store, "bob")
+    for token in (limited, free):
+        wait_until(lambda token=token: ask_with(token, guarded)[0].status_code != 401)
+    began = time.monotonic()
+    limited_responses = ask_with(limited, guarded, 200)
+    seconds = time.monotonic() - began
+    found = count_statuses(limited_responses)
+    assert set(found) == {200, 429}
+    lease = max(1.0, rate * LEASE_SECONDS)
+    assert found[200] <= rate + rate * seconds + 2 * lease
+    waits = [one.headers["retry-after"] for one in limited_responses if one.status_code == 429]
+    assert set(waits) == {"1"}
+    assert count_statuses(ask_with(free, guarded, 100)) == {200: 100}
+    wait_until(lambda: usage.summarise(store, "key").get(other.id, Sum()).requests > 100)
+    sums = usage.summarise(store, "key")
+    assert sums[key.id].errors >= found[429]
+    assert sums[other.id].rows == len(PIXELS) * (sums[other.id].requests - sums[other.id].errors)
+
+    keys.revoke(store, other.id)
+    wait_until(lambda: ask_with(free, guarded)[0].status_code == 401, 60)
+    assert count_statuses(ask_with(free, guarded, 20)) == {401: 20}
+
+
+@pytest.mark.cluster
+@pytest.mark.faults
+def test_neither_a_killed_office_nor_a_redeploy_loses_a_request_or_its_record(
+    store: Store, guarded: str, wait_until: Wait
+) -> None:
+    token, key = keys.create(store, "ana", limits=Limits(requests_per_second=1000))
+    wait_until(lambda: ask_with(token, guarded)[0].status_code == 200)
+
+    def count_recorded() -> int:
+        return usage.summarise(store, "key").get(key.id, Sum()).requests
+
+    wait_until(lambda: count_recorded() >= 1)
+    before = count_recorded()
+    (office,) = (
+        actor
+        for actor in list_actors(detail=True)
+        if actor.class_name == "Clerk" and actor.state == "ALIVE" and store.uri in actor.name
+    )
+    psutil.Process(office.pid).kill()
+    assert count_statuses(ask_with(token, guarded, 200)) == {200: 200}
+    wait_until(lambda: count_recorded() >= before + 200, 60)
+    assert count_statuses(ask_with(token, guarded, 50)) == {200: 50}
+    deploy(make_spec(store.uri, version=predict_version(token, guarded) % 2 + 1, auth=True))
+    wait_until(lambda: count_recorded() >= before + 251, 60)
+    assert count_recorded() == before + 251
 
 
 @pytest.mark.cluster

@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from heliostat.serve.delivery import Tally
 from heliostat.serve.fork import Ask, Call, Fork, Side, replay
+from heliostat.serve.gate import ANYBODY, VISIT, Visit
 from heliostat.serve.table import Candidate
 from heliostat.spec import CandidateSpec
 from serving import LIMITS, ROWS, TABLE, Client, check_error, make_app, serve
@@ -189,3 +191,26 @@ async def call_app(app: Any, path: str, body: bytes) -> list[Message]:
     }
     await app(scope, receive, send)
     return messages
+
+
+def test_what_a_canary_has_used_is_counted_on_the_visit() -> None:
+    seen: list[Visit] = []
+
+    async def keep(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope.setdefault(VISIT, Visit(ANYBODY)))
+        await fork(scope, receive, send)
+
+    fork = make_fork(ask_next, Counts())
+    assert Client(keep).post(PATH, json=ROWS).status_code == 200
+    assert [(visit.version, visit.rows) for visit in seen] == [(2, len(ROWS["instances"]))]
+
+
+def test_who_may_not_use_a_model_does_not_reach_its_candidate() -> None:
+    async def enter(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[VISIT] = Visit(replace(ANYBODY, models=("other",)), verb="predict")
+        await fork(scope, receive, send)
+
+    counts = Counts()
+    fork = make_fork(ask_next, counts)
+    Client(enter).post(PATH, json=ROWS)
+    assert not counts.sums

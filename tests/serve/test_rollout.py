@@ -57,6 +57,7 @@ class FakeServe(BaseHTTPRequestHandler):
 
     settle: Callable[[int], App | None]
     num_configs = 0
+    http_options = HTTP_OPTIONS
 
     def do_GET(self) -> None:
         app = type(self).settle(self.num_configs) if self.num_configs else None
@@ -64,7 +65,7 @@ class FakeServe(BaseHTTPRequestHandler):
             self.answer({"ray_version": "2.60.0"})
         elif app != {}:  # else a dashboard that died: no answer at all
             applications = {"heliostat": app} if app else {}
-            self.answer({"applications": applications, "http_options": HTTP_OPTIONS})
+            self.answer({"applications": applications, "http_options": self.http_options})
 
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -147,6 +148,21 @@ def test_what_runs_stays_in_the_table(store: Store, serve: type[FakeServe]) -> N
         "digits": Placement(number=2, previous=(1,)),
         "letters": Placement(number=4),
     }
+
+
+def test_without_keys_it_warns_and_is_refused_where_others_can_reach_it(
+    store: Store, serve: type[FakeServe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve.settle = lambda configs: RUNNING
+    deploy(second(store, auth=False))
+    assert "WARNING: deploy.auth is off" in capsys.readouterr().out
+    before = read_table(store)
+    serve.http_options = {"host": "0.0.0.0", "port": 8000}
+    with pytest.raises(HeliostatError, match=r"auth is off and Serve listens on 0\.0\.0\.0"):
+        deploy(second(store, auth=False))
+    assert read_table(store) == before
+    deploy(second(store))
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_a_version_that_cannot_start_is_taken_back_with_its_reason(

@@ -9,6 +9,7 @@ from starlette.routing import Route
 from heliostat.registry import Version
 from heliostat.serve import predict
 from heliostat.serve.door import Door, Limits
+from heliostat.serve.gate import visit_of
 from heliostat.serve.replies import ERROR_HANDLERS, reply
 from heliostat.serve.shelf import Shelf
 from heliostat.signature import Classes, NextToken, Numbers, output_from_json
@@ -24,7 +25,9 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
         return reply(to_json({"status": "ok"}))
 
     async def list_models(request: Request) -> Response:
-        return reply(to_json({"models": [describe(shelf.find(name)) for name in shelf.models]}))
+        may_use = visit_of(request).may_use
+        found = [describe(shelf.find(name)) for name in shelf.models if may_use(name)]
+        return reply(to_json({"models": found}))
 
     routes = [
         Route("/healthz", healthz),

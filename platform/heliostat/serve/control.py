@@ -61,11 +61,11 @@ def await_running(client: Serve, names: Sequence[str], timeout_s: float) -> str 
             if app["status"] == "DEPLOY_FAILED":
                 return explain(app)
         now = time.monotonic()
-        if now - began > timeout_s:
-            return f"the replicas did not start within {timeout_s:g} s: {explain(waiting[0])}"
         if now - reported >= REPORT_SECONDS:
             reported = now
             print(f"{now - began:4.0f} s: {describe_wait(waiting[0])}", flush=True)
+        if now - began > timeout_s:
+            return f"the replicas did not start within {timeout_s:g} s: {explain(waiting[0])}"
         time.sleep(POLL_SECONDS)
 
 

@@ -38,6 +38,7 @@ from heliostat.spec import DeploySpec, reference
 from heliostat.storage import Store
 
 APPLICATION = "heliostat"
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 # What is said of a deploy and is not of the table.
 PER_DEPLOY = {"version": None, "candidate": None}
@@ -58,7 +59,9 @@ def deploy(store: Store, name: str, how: DeploySpec) -> str:
     registry.load_weights(store, version)
     zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = Serve()
-    check_root(store, client.describe())
+    details = client.describe()
+    check_root(store, details)
+    check_auth(how, details)
     if how.candidate:
         return _try_out(store, client, version, how)
     _take_over(store, client, version, how)
@@ -178,6 +181,23 @@ def check_root(store: Store, details: dict[str, Any]) -> None:
         )
 
 
+def check_auth(deploy: DeploySpec, details: dict[str, Any]) -> None:
+    """Warn of a deploy without keys, refuse it where others can reach it.
+
+    Raises:
+        HeliostatError: Serve listens not only to this machine.
+    """
+    if deploy.auth:
+        return
+    host = details.get("http_options", HTTP_OPTIONS).get("host", HTTP_OPTIONS["host"])
+    if host not in LOOPBACK_HOSTS:
+        raise HeliostatError(
+            f"deploy.auth is off and Serve listens on {host}: anybody could ask, so leave it on "
+            "and make keys with `heliostat keys create`, or let Serve listen on 127.0.0.1"
+        )
+    print("WARNING: deploy.auth is off: every program of this machine may ask", flush=True)
+
+
 def roll_out(store: Store, client: Serve) -> None:
     """Make the cluster serve what the table says, until the table stays as it is.
 
@@ -283,6 +303,7 @@ def _application(
         max_body_bytes=math.ceil(deploy.max_body_mib * 2**20),
         max_requests=deploy.max_queued_requests,
         request_timeout_s=deploy.request_timeout_s,
+        auth=deploy.auth,
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
     code = f"{root}/code/{table.code}.zip"

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from heliostat.serve.delivery import Tally, compare, tally
+from heliostat.serve.gate import ANYBODY, VISIT, Visit
 from heliostat.serve.split import Answer, difference, find_model, is_chosen
 from heliostat.serve.table import Candidate
 
 logger = logging.getLogger(__name__)
 
 MAX_SHADOWS = 16  # at once; those above are not asked, nobody waits for them
-KEY_ID = "heliostat.key_id"  # of a scope, from the gate
+USAGE = "heliostat.usage"  # the message in which a candidate tells what a request took
 CARRIED = frozenset({b"content-type", b"accept", b"inference-header-content-length"})
 
 
@@ -60,15 +61,16 @@ class Fork:
         body, receive = await _read(receive, self._max_body_bytes)
         name = find_model(scope["path"], body)
         candidate = self.candidates.get(name or "")
-        if name is None or candidate is None:
+        visit: Visit = scope.get(VISIT) or Visit(ANYBODY)
+        if name is None or candidate is None or not visit.may_use(name):
             await self._app(scope, receive, send)
             return
         by_key = candidate.terms.by == "key"
-        tag = (by_key and scope.get(KEY_ID)) or secrets.token_hex(8)
+        tag = (by_key and visit.key.id) or secrets.token_hex(8)
         chosen = is_chosen(candidate, name, tag)
         call = Call(scope["path"], scope["query_string"], _carried(scope), body)
         if chosen and candidate.terms.mode == "canary":
-            if not await self._forward(name, call, send):
+            if not await self._forward(name, call, visit, send):
                 await self._app(scope, receive, send)
             return
         seen = _Seen(send)
@@ -81,7 +83,7 @@ class Fork:
             self._shadows.add(task)
             task.add_done_callback(self._shadows.discard)
 
-    async def _forward(self, name: str, call: Call, send: Send) -> bool:
+    async def _forward(self, name: str, call: Call, visit: Visit, send: Send) -> bool:
         """Let the candidate answer; whether it has begun to."""
         began = time.perf_counter()
         answered = _Seen(send)
@@ -92,7 +94,11 @@ class Fork:
             ):
                 async for message in messages:
                     limit.reschedule(None)
-                    if answered.begun or message["status"] < 500:
+                    if message["type"] == USAGE:
+                        visit.enter(name)
+                        visit.version = message["version"]
+                        visit.count(**message["used"])
+                    elif answered.begun or message["status"] < 500:
                         await answered.send(message)
                     else:
                         break
@@ -144,9 +150,11 @@ class _Seen:
 
 
 async def replay(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
-    """The messages with which `app` answers `call`."""
+    """The messages with which `app` answers `call`, and then what that took."""
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    visit = Visit(ANYBODY)
     scope = {
+        VISIT: visit,
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
@@ -172,6 +180,8 @@ async def replay(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
         while (message := await messages.get()) is not None:
             yield message
         await task
+        used = {name: getattr(visit, name) for name in ("rows", "tokens_in", "tokens_out")}
+        yield {"type": USAGE, "version": visit.version, "used": used}
     finally:
         task.cancel()
 

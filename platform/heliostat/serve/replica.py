@@ -26,6 +26,7 @@ class Plan(Section):
     max_body_bytes: Positive
     max_requests: Positive
     request_timeout_s: float
+    auth: bool
 
 
 def build_api(plan: Plan) -> ASGIApp:
@@ -59,19 +60,27 @@ class Replica:
         self._fork: Fork | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
+        from heliostat.keys import Keyring, follow
+        from heliostat.serve.desk import Desk
+        from heliostat.serve.gate import Gate
+        from heliostat.serve.office import reach_office
         from heliostat.serve.scores import Reporter, find_board
 
-        reporter = Reporter()
+        plan, reporter = self.plan, Reporter()
+        desk = Desk(reach_office(plan.root))  # which starts while the models are loaded
 
         def count(name: str, side: Side, tally: Any) -> None:
             if candidate := self._candidates.get(name):
                 reporter.count(find_board(name, candidate.proposal), side, tally)
 
-        plan = self.plan
         patience_s = plan.request_timeout_s / 3
         self._fork = Fork(build_api(plan), self._ask, count, plan.max_body_bytes, patience_s)
         self._fork.candidates = self._candidates
-        return self._fork
+        ring = Keyring(connect(plan.root))
+        if plan.auth:
+            ring.refresh()
+            follow(ring)
+        return Gate(self._fork, ring.find if plan.auth else None, desk)
 
     def reconfigure(self, candidates: Mapping[str, Any]) -> None:
         """Which candidates there are now; Serve calls this with the deployment's user_config."""

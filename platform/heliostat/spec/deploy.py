@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from heliostat.spec.section import Natural, Positive, PositiveFloat, Section
 
@@ -34,6 +34,7 @@ class DeploySpec(Section):
     The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
     it is asked for. `keep_previous` versions of each model stay served by their number. Replicas
     from a fewest to a most, `[0, 4]`, follow the requests that wait: `target_requests` a replica.
+    With `auth` only those with an API key are answered, the same for all models.
     """
 
     version: Positive | None = None
@@ -48,6 +49,7 @@ class DeploySpec(Section):
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30
+    auth: StrictBool = True
 
     @model_validator(mode="after")
     def _fewest_come_first(self) -> Self:
