@@ -55,7 +55,7 @@ def main() -> None:
                 submit(stage)
             version = registry.resolve(store, "digits")
             accuracy = registry.list_evaluations(store, version)[0].scores["accuracy"]
-            answered = compare(store, version, f"{cluster.serve_url}/v1/models/digits:predict")
+            answered = compare(store, version, f"{cluster.edge_url}/v1/models/digits:predict")
         finally:
             say("stopping everything")
             local.stop(home)

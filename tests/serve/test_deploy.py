@@ -222,7 +222,7 @@ def digits(
 def test_a_job_deploys_what_answers_as_the_model_does_offline(
     cluster: Cluster, store: Store, digits: str
 ) -> None:
-    assert digits == f"{cluster.serve_url}/v1/models/digits:predict"
+    assert digits == f"{cluster.edge_url}/v1/models/digits:predict"
     version, online = predict_online(digits)
     assert version == 1
     np.testing.assert_allclose(online, predict_offline(store, "digits:1"), atol=1e-6)

@@ -1,6 +1,7 @@
 """Puts versions on the cluster: one Serve application that serves what the bucket's table says."""
 
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from starlette.applications import Starlette
 from heliostat import registry
 from heliostat.archive import store_code
 from heliostat.data.features import features_from_json
+from heliostat.environment import EDGE_URL
 from heliostat.errors import HeliostatError
 from heliostat.serve.protocol import zero_instance
 from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
@@ -317,6 +319,9 @@ def explain(app: dict[str, Any]) -> str:
 
 
 def find_url(client: Serve) -> str:
+    """The address of the edge, or of Serve itself where there is no edge."""
+    if EDGE_URL in os.environ:
+        return os.environ[EDGE_URL]
     options = HTTP_OPTIONS | client.describe()["http_options"]
     host = "127.0.0.1" if options["host"] == "0.0.0.0" else options["host"]
     return f"http://{host}:{options['port']}"
