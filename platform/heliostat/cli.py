@@ -50,9 +50,7 @@ def up(options: argparse.Namespace) -> None:
 
     home = local.locate(options.home)
     listen = _read_listen(options)
-    cluster = local.start(
-        home, free_ports=options.free_ports, listen=listen, report=_print_now
-    )
+    cluster = local.start(home, free_ports=options.free_ports, listen=listen, report=_print_now)
     print(f"\n{_render_status(cluster)}")
 
 
@@ -307,11 +305,10 @@ def _add_listen(command: argparse.ArgumentParser) -> None:
 
 
 def _read_port(text: str) -> int:
-    """Raises ValueError: what is no port."""
-    port = int(text)
-    if not 1 <= port <= 65535:
-        raise ValueError(text)
-    return port
+    """Raises ArgumentTypeError: what is no port."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:6]) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: give a number from 1 to 65535")
+    return int(text)
 
 
 def _add_model_commands(commands: Any) -> None:

@@ -51,6 +51,8 @@ HEADERS = {
     429: {"retry-after": "1"},
     503: {"retry-after": "1"},
 }
+# A body that is large, or may become so.
+UPLOAD = "long || chunked || METH_POST !sized"
 # The codes for which HAProxy lets `http-error` replace its own page.
 OWN_ERRORS = (400, 401, 403, 404, 405, 408, 413, 422, 429, 500, 501, 502, 503, 504)
 
@@ -204,10 +206,10 @@ def _list_frontend(edge: Edge) -> list[str]:
         "http-request set-header x-forwarded-for %[src]",
         "http-request set-header x-request-id %[unique-id]",
         "acl sized req.hdr(content-length) -m found",
-        f"acl upload req.body_size gt {limits.small_body_bytes}",
-        "acl upload req.hdr(transfer-encoding) -m found",
-        f"http-request wait-for-body time {limits.body_timeout_s}s unless upload || METH_POST !sized",
-        "use_backend uploads if upload || METH_POST !sized",
+        f"acl long req.hdr_val(content-length) gt {limits.small_body_bytes}",
+        "acl chunked req.hdr(transfer-encoding) -m found",
+        f"http-request wait-for-body time {limits.body_timeout_s}s unless {UPLOAD}",
+        f"use_backend uploads if {UPLOAD}",
         "default_backend models",
         *_list_foreign_errors(),
         "http-response del-header server",
@@ -247,7 +249,10 @@ def _list_uploads(edge: Edge) -> list[str]:
 
 
 def _too_large(limits: Limits) -> Refusal:
+    """HAProxy reads a length into 32 bits; of HTTP/2 it knows the length by the header alone."""
     return Refusal(
+        "{ req.hdr(content-length),length gt 9 } || "
+        f"{{ req.hdr_val(content-length) gt {limits.max_body_bytes} }} || "
         f"{{ req.body_size gt {limits.max_body_bytes} }}",
         413,
         f"the body has more than {limits.max_body_bytes:,} bytes",

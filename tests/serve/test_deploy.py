@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from heliostat import registry
 from heliostat.data.features import ImageFeatures, features_to_json, input_of
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, predict
-from heliostat.local import Cluster
+from heliostat.local import Cluster, processes
 from heliostat.models import build
 from heliostat.serve.deploy import (
     APPLICATION,
@@ -351,6 +352,28 @@ def test_replicas_without_room_are_given_up(store: Store, digits: str) -> None:
     assert set(answered) <= {(200, version), (200, new.number)}
     assert predict_online(digits)[0] == version
     assert read_table(store) == table
+
+
+@pytest.mark.cluster
+@pytest.mark.faults
+def test_a_killed_proxy_of_serve_costs_seconds_and_no_request(
+    cluster: Cluster, digits: str, wait_until: Wait
+) -> None:
+    marker, version = cluster.state.marker("ray"), predict_online(digits)[0]
+    direct = f"{cluster.serve_url}/v1/models/digits:predict"
+    with steady_load(digits) as answered:
+        wait_until(lambda: answered.total() > 100)
+        killed = [p for p in processes.find(marker) if p.info["name"] == "haproxy"]
+        assert killed
+        for process in killed:
+            process.kill()
+        began = time.monotonic()
+        wait_until(lambda: not answers(direct))
+        wait_until(lambda: answers(direct))
+        seconds, total = time.monotonic() - began, answered.total()
+        wait_until(lambda: answered.total() > total + 100)
+    assert set(answered) == {(200, version)}
+    assert seconds < 6
 
 
 @pytest.mark.cluster

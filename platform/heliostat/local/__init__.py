@@ -14,7 +14,6 @@ from heliostat.local import edge, head, machine, processes, store
 from heliostat.local.home import (
     MARKER_FILE,
     Home,
-    Listen,
     State,
     furnish,
     lock,

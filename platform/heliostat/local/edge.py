@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +35,7 @@ def start(edge: Edge, marker: str, directory: Path, log: Path) -> None:
     """
     command = prepare(edge, directory / "edge.cfg")
     processes.launch(marker, command, processes.clean_environment(), log)
-    await_listening(edge, log)
+    await_listening(edge, marker, log)
 
 
 def prepare(edge: Edge, path: Path) -> list[str]:
@@ -55,7 +54,7 @@ def prepare(edge: Edge, path: Path) -> list[str]:
     return ["sh", "-c", KEEP, NAME, program, "-db", "-f", str(path)]
 
 
-def await_listening(edge: Edge, log: Path) -> None:
+def await_listening(edge: Edge, marker: str, log: Path) -> None:
     """Wait until the edge takes connections.
 
     Raises:
@@ -63,16 +62,14 @@ def await_listening(edge: Edge, log: Path) -> None:
     """
 
     def listens() -> bool:
-        with suppress(OSError), socket.create_connection(_reach(edge), timeout=1):
-            return True
-        return False
+        return any(_listens(process, edge.port) for process in processes.find(marker))
 
-    def alert() -> str | None:
-        return _find_alert(log.read_text(errors="replace"))
+    def find_refusal() -> str | None:
+        return _find_alert(log.read_text(errors="replace"), "cannot bind")
 
-    processes.wait_for(lambda: alert() is not None or listens(), READY_SECONDS)
-    if not listens() or alert():
-        told = alert() or f"nothing listens after {READY_SECONDS:g} s"
+    processes.wait_for(lambda: listens() or bool(find_refusal()), READY_SECONDS)
+    if not listens():
+        told = find_refusal() or f"nothing listens after {READY_SECONDS:g} s"
         raise HeliostatError(f"the edge did not start: {told} (the whole log is {log})")
 
 
@@ -119,11 +116,16 @@ def find_haproxy() -> str:
         ) from error
 
 
-def _reach(edge: Edge) -> tuple[str, int]:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(edge.host, edge.host), edge.port
+def _listens(process: psutil.Process, port: int) -> bool:
+    with suppress(psutil.Error):
+        return any(
+            connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+            for connection in process.net_connections("inet")
+        )
+    return False
 
 
-def _find_alert(log: str) -> str | None:
-    """The first thing that HAProxy complains of."""
-    alerts = (line.split(" : ", 1)[-1].strip() for line in log.splitlines() if "[ALERT]" in line)
-    return next(alerts, None)
+def _find_alert(log: str, words: str = "") -> str | None:
+    """The first thing that HAProxy complains of in these words."""
+    lines = (line for line in log.splitlines() if "[ALERT]" in line and words in line)
+    return next((line.split(" : ", 1)[-1].strip() for line in lines), None)
