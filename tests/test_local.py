@@ -353,7 +353,6 @@ def test_a_killed_edge_is_back_and_a_lost_one_is_started_again(
     wait_until(lambda: "edge" not in local.measure_usage(cluster))
     assert local.start(cluster.home) == cluster
     assert ask(f"{cluster.edge_url}/-/routes") == 404
-    assert ask(f"{cluster.serve_url}/-/routes") == 200
 
 
 @pytest.mark.faults

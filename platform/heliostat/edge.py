@@ -51,6 +51,7 @@ HEADERS = {
     429: {"retry-after": "1"},
     503: {"retry-after": "1"},
 }
+KEPT_BUFFERS = 64
 # A body that is large, or may become so.
 UPLOAD = "long || chunked || METH_POST !sized"
 # The codes for which HAProxy lets `http-error` replace its own page.
@@ -156,13 +157,15 @@ def list_refusals(limits: Limits) -> list[Refusal]:
 
 
 def _list_globals(limits: Limits) -> list[str]:
+    # A body is whole before a replica hears of it, so it must fit into one buffer; the memory is
+    # taken as bytes arrive. Freed buffers are kept, or each request would map its own anew.
+    buffer_bytes = limits.max_body_bytes + limits.max_header_bytes + 65_536
     return [
         f"maxconn {limits.max_connections}",
         "nbthread 2",
         f"hard-stop-after {limits.drain_s}s",
-        # A body is whole before a replica hears of it, so it must fit into one buffer; the memory
-        # is taken as bytes arrive.
-        f"tune.bufsize {limits.max_body_bytes + limits.max_header_bytes + 65_536}",
+        f"tune.bufsize {buffer_bytes}",
+        f"tune.memory.hot-size {KEPT_BUFFERS * buffer_bytes}",
         "tune.http.maxhdr 64",
         "ssl-default-bind-options ssl-min-ver TLSv1.2",
     ]
@@ -181,10 +184,10 @@ def _list_defaults(limits: Limits) -> list[str]:
         "option abortonclose",
         "option http-no-delay",
         "http-reuse always",
-        # Each retry waits a second, so the few in which Serve starts its proxy anew cost patience
-        # and no errors. No route changes anything: what was sent may be sent again.
+        # Each retry waits a second, so the few in which Serve starts its proxy anew cost patience.
+        # What was sent is not sent again: for that HAProxy would copy a whole buffer per request.
         "retries 8",
-        "retry-on conn-failure empty-response",
+        "retry-on conn-failure",
         *(f"http-error {_answer(status)}" for status in OWN_ERRORS),
     ]
 
@@ -218,8 +221,8 @@ def _list_frontend(edge: Edge) -> list[str]:
 
 
 def _list_foreign_errors() -> list[str]:
-    """Errors of Serve's own proxy are texts; its 500 stands for a replica that it cannot reach."""
-    replaced = {status: 503 if status == 500 else status for status in ERRORS}
+    """Errors of Serve's own proxy are texts: 404 where nothing is deployed, 500 without replicas."""
+    replaced = {status: 503 if status in (404, 500) else status for status in ERRORS}
     return [
         "acl json res.hdr(content-type) -m beg application/json",
         *(

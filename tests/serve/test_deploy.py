@@ -356,12 +356,12 @@ def test_replicas_without_room_are_given_up(store: Store, digits: str) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.faults
-def test_a_killed_proxy_of_serve_costs_seconds_and_no_request(
+def test_a_killed_proxy_of_serve_costs_what_is_inside_and_seconds(
     cluster: Cluster, digits: str, wait_until: Wait
 ) -> None:
     marker, version = cluster.state.marker("ray"), predict_online(digits)[0]
     direct = f"{cluster.serve_url}/v1/models/digits:predict"
-    with steady_load(digits) as answered:
+    with steady_load(digits, 3) as answered:
         wait_until(lambda: answered.total() > 100)
         killed = [p for p in processes.find(marker) if p.info["name"] == "haproxy"]
         assert killed
@@ -372,7 +372,8 @@ def test_a_killed_proxy_of_serve_costs_seconds_and_no_request(
         wait_until(lambda: answers(direct))
         seconds, total = time.monotonic() - began, answered.total()
         wait_until(lambda: answered.total() > total + 100)
-    assert set(answered) == {(200, version)}
+    good, later = (200, version), (503, None)
+    assert sum(answered[kind] for kind in set(answered) - {good, later}) <= 3, answered
     assert seconds < 6
 
 
