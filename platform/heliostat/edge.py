@@ -221,7 +221,7 @@ def _list_frontend(edge: Edge) -> list[str]:
 
 
 def _list_foreign_errors() -> list[str]:
-    """Errors of Serve's own proxy are texts: 404 where nothing is deployed, 500 without replicas."""
+    """Errors of Serve's proxy are texts: 404 where nothing is deployed, 500 without replicas."""
     replaced = {status: 503 if status in (404, 500) else status for status in ERRORS}
     return [
         "acl json res.hdr(content-type) -m beg application/json",

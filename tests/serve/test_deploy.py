@@ -374,7 +374,7 @@ def test_a_killed_proxy_of_serve_costs_what_is_inside_and_seconds(
         wait_until(lambda: answered.total() > total + 100)
     good, later = (200, version), (503, None)
     assert sum(answered[kind] for kind in set(answered) - {good, later}) <= 3, answered
-    assert seconds < 6
+    assert seconds < 20
 
 
 @pytest.mark.cluster
