@@ -56,7 +56,7 @@ def main() -> None:
                 submit(stage)
             version = registry.resolve(store, "digits")
             accuracy = registry.list_evaluations(store, version)[0].scores["accuracy"]
-            url = f"{cluster.serve_url}/v1/models/digits:predict"
+            url = f"{cluster.edge_url}/v1/models/digits:predict"
             answered = compare(store, version, url, token)
         finally:
             say("stopping everything")

@@ -21,7 +21,7 @@ from heliostat.local import machine, processes
 from heliostat.local.home import Home, furnish, read_state
 
 COMMANDS = (
-    *(["up"], ["status"], ["env"], ["down"], ["models"], ["models", "show"], ["export"]),
+    *(["up"], ["edge"], ["status"], ["env"], ["down"], ["models"], ["models", "show"], ["export"]),
     *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
 )
 
@@ -117,6 +117,58 @@ def test_a_taken_port_is_one_sentence_and_nothing_is_left(new_home: Home) -> Non
     assert "--free-ports" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not new_home.state.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--bind", "example.org"], "is no IP address"),
+        (["--bind", "127.0.0.1:80"], "is no IP address"),
+        (["--tls-cert", "/nothing.pem"], "cannot be read"),
+    ],
+)
+def test_an_edge_that_cannot_listen_so_is_refused_first(
+    new_home: Home, options: list[str], sentence: str
+) -> None:
+    result = run("up", "--home", new_home.path, *options)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert sentence in result.stderr
+    assert not new_home.path.exists()
+
+
+def test_the_edge_alone_runs_and_a_second_one_takes_over(
+    tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    port, config = machine.pick_ports(1)[0], tmp_path / "edge.cfg"
+    command = [sys.executable, "-m", "heliostat.cli", "edge", f"--port={port}"]
+    command += ["--upstream-port=9", f"--config={config}"]
+
+    def find() -> list[int]:
+        found = processes.find(f"{config}.edge")
+        return [process.pid for process in found if process.info["name"] == "haproxy"]
+
+    edges = []
+    try:
+        edges.append(subprocess.Popen(command))
+        wait_until(lambda: find() and not machine.is_free(port))
+        (first,) = find()
+        edges.append(subprocess.Popen(command))
+        wait_until(lambda: find() not in ([], [first]) and not machine.is_free(port))
+        wait_until(lambda: len(find()) == 1)
+        assert find() != [first]
+        assert edges[0].wait(10) is not None
+    finally:
+        processes.end(f"{config}.edge", grace_seconds=0)
+        for edge in edges:
+            edge.wait()
+
+
+def test_an_edge_on_a_taken_port_is_one_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run("edge", f"--port={port}", f"--config={tmp_path / 'edge.cfg'}")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"port {port}" in result.stderr
 
 
 def test_env_is_fit_for_eval_whatever_the_home_is_called(new_home: Home) -> None:
@@ -282,8 +334,17 @@ def test_up_twice_is_harmless(cluster: local.Cluster) -> None:
     result = run("up", "--home", cluster.home.path)
     assert result.returncode == 0
     assert "Everything runs already." in result.stdout
-    assert cluster.serve_url in result.stdout
+    assert cluster.edge_url in result.stdout
     assert before == main_programs(cluster)
+
+
+@pytest.mark.cluster
+def test_an_up_that_asks_for_another_address_is_refused(cluster: local.Cluster) -> None:
+    result = run("up", "--home", cluster.home.path, "--bind", "0.0.0.0")
+    assert result.returncode == 2
+    warning, error = result.stderr.splitlines()
+    assert "without TLS" in warning
+    assert "`heliostat down` first" in error
 
 
 @pytest.mark.cluster
@@ -295,7 +356,8 @@ def test_a_second_cluster_lives_beside_the_first_and_goes_alone(
     second = local.find(new_home)
     assert second is not None
     status = json.loads(run("status", "--json", "--home", new_home.path).stdout)
-    assert set(status["parts"]) == {"ray", "store"}
+    assert set(status["parts"]) == {"edge", "ray", "store"}
+    assert status["edge_url"] == f"http://127.0.0.1:{second.state.ports.edge}"
     assert status["bounds"]["logical_cpus"] >= 4
 
     # The shell of `heliostat env`: a job sees the bucket, `ray.init` and `serve` find the cluster.
@@ -326,7 +388,7 @@ def test_a_second_cluster_lives_beside_the_first_and_goes_alone(
     assert "The data stays in" in result.stdout
     assert [process for process in ours if is_alive(process)] == []
     assert_nothing_is_left(second)
-    assert set(local.measure_usage(cluster)) == {"ray", "store"}
+    assert set(local.measure_usage(cluster)) == {"edge", "ray", "store"}
 
 
 @pytest.mark.cluster

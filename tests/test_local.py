@@ -268,12 +268,11 @@ def test_the_dashboard_answers_only_with_the_token(cluster: local.Cluster, path:
 
 
 @pytest.mark.cluster
-def test_ray_listens_on_loopback_only_but_for_two_statistics_ports(
-    cluster: local.Cluster,
-) -> None:
-    ports = cluster.state.ports
-    public = {port for interface, port in list_open_ports(cluster) if interface != "127.0.0.1"}
-    assert public <= {ports.serve_stats, ports.serve_metrics}
+def test_everything_listens_on_loopback_only(cluster: local.Cluster) -> None:
+    ports, found = cluster.state.ports, list_open_ports(cluster)
+    assert {(interface, port) for interface, port in found if interface != "127.0.0.1"} == set()
+    expected = {ports.edge, ports.serve, ports.serve_stats, ports.serve_metrics}
+    assert {port for _, port in found} >= expected
 
 
 @pytest.mark.cluster
@@ -332,9 +331,28 @@ def test_a_lost_part_is_started_again_and_the_other_stays(
     server.kill()
     wait_until(lambda: "store" not in local.measure_usage(cluster))
     assert local.start(cluster.home) == cluster
-    assert set(local.measure_usage(cluster)) == {"ray", "store"}
+    assert set(local.measure_usage(cluster)) == {"edge", "ray", "store"}
     assert ray & {process.pid for process in processes.find(cluster.state.marker("ray"))}
     assert open_own_s3(cluster).list_buckets()["Buckets"]
+
+
+@pytest.mark.cluster
+def test_a_killed_edge_is_back_and_a_lost_one_is_started_again(
+    cluster: local.Cluster, wait_until: WaitUntil
+) -> None:
+    marker = cluster.state.marker("edge")
+
+    def find(name: str) -> list[psutil.Process]:
+        return [process for process in processes.find(marker) if process.info["name"] == name]
+
+    [first] = find("haproxy")
+    first.kill()
+    wait_until(lambda: [p for p in find("haproxy") if p.pid != first.pid], seconds=6)
+    for process in [*find("sh"), *find("haproxy")]:
+        process.kill()
+    wait_until(lambda: "edge" not in local.measure_usage(cluster))
+    assert local.start(cluster.home) == cluster
+    assert ask(f"{cluster.edge_url}/-/routes") == 404
 
 
 @pytest.mark.faults

@@ -1,6 +1,7 @@
 """`heliostat ...`: parse, call, print."""
 
 import argparse
+import ipaddress
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from heliostat.errors import HeliostatError
 
 if TYPE_CHECKING:
     from heliostat.keys import Key
-    from heliostat.local import Cluster, Usage
+    from heliostat.local import Cluster, Listen, Usage
     from heliostat.registry import Lineage, Version
     from heliostat.spec import DeploySpec
     from heliostat.storage import Store
@@ -51,8 +52,20 @@ def up(options: argparse.Namespace) -> None:
     from heliostat import local
 
     home = local.locate(options.home)
-    cluster = local.start(home, free_ports=options.free_ports, report=_print_now)
+    listen = _read_listen(options)
+    cluster = local.start(home, free_ports=options.free_ports, listen=listen, report=_print_now)
     print(f"\n{_render_status(cluster)}")
+
+
+def run_edge(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from heliostat.edge import Edge
+    from heliostat.local import Listen, edge
+
+    listen = _read_listen(options) or Listen()
+    wanted = Edge(options.port, options.upstream_port, listen.host, listen.certificate)
+    edge.replace(wanted, Path(options.config).expanduser().absolute())
 
 
 def show_status(options: argparse.Namespace) -> int:
@@ -274,6 +287,43 @@ def show_usage(options: argparse.Namespace) -> None:
         print(f"No request has been recorded in {options.root} for that time.")
 
 
+def _read_listen(options: argparse.Namespace) -> "Listen | None":
+    """Where the edge is asked to listen, if anything is asked for; warns of what is open.
+
+    Raises:
+        HeliostatError: that is no address, or the certificate cannot be read.
+    """
+    from pathlib import Path
+
+    from heliostat.local import Listen
+
+    if options.bind is None and options.tls_cert is None:
+        return None
+    path = options.tls_cert and str(Path(options.tls_cert).expanduser().absolute())
+    listen = Listen(_read_address(options.bind or Listen().host), path)
+    if path and not os.access(path, os.R_OK):
+        raise HeliostatError(
+            f"--tls-cert {options.tls_cert} cannot be read: it needs a PEM file with the "
+            f"certificate, its chain and its key"
+        )
+    if not path and not ipaddress.ip_address(listen.host).is_loopback:
+        print(
+            f"warning: others reach {listen.host} without TLS, so keys and answers can be read "
+            f"on the way: give --tls-cert FILE",
+            file=sys.stderr,
+        )
+    return listen
+
+
+def _read_address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise HeliostatError(
+            f"--bind {text} is no IP address: give one of this machine, or 0.0.0.0 for all"
+        ) from error
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="heliostat", description="From raw data in a bucket to answers over HTTP, on Ray."
@@ -359,16 +409,36 @@ def _add_cluster_commands(commands: Any) -> None:
         commands,
         "up",
         up,
-        "start an S3 store and a Ray head with Serve on this machine",
-        ["heliostat up", "heliostat up --free-ports --home /tmp/second"],
+        "start an S3 store, a Ray head with Serve, and the edge on this machine",
+        [
+            "heliostat up",
+            "heliostat up --free-ports --home /tmp/second",
+            "heliostat up --bind 0.0.0.0 --tls-cert edge.pem",
+        ],
     )
     command.add_argument("--free-ports", action="store_true", help="choose ports that are free")
+    _add_listen(command)
+    command = _add_command(
+        commands,
+        "edge",
+        run_edge,
+        "run the edge alone, before a Ray Serve that this machine has already",
+        ["heliostat edge --bind 0.0.0.0 --port 8443 --tls-cert edge.pem"],
+    )
+    _add_listen(command)
+    command.add_argument("--port", type=_read_port, default=8080, help="listens there (8080)")
+    command.add_argument(
+        "--upstream-port", type=_read_port, default=8000, help="where Serve listens (8000)"
+    )
+    command.add_argument(
+        "--config", default="~/.heliostat-edge.cfg", metavar="FILE", help="is written there"
+    )
     command = _add_command(
         commands,
         "status",
         show_status,
         "say what runs, where, and what it takes (exit status 1: nothing runs)",
-        ["heliostat status", "heliostat status --json | jq -r .serve_url"],
+        ["heliostat status", "heliostat status --json | jq -r .edge_url"],
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_command(
@@ -386,6 +456,22 @@ def _add_cluster_commands(commands: Any) -> None:
         ["heliostat down", "heliostat down --purge"],
     )
     command.add_argument("--purge", action="store_true", help="remove the data as well")
+
+
+def _add_listen(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--bind", metavar="ADDRESS", help="address of the edge (127.0.0.1; 0.0.0.0: all of them)"
+    )
+    command.add_argument(
+        "--tls-cert", metavar="FILE", help="PEM with certificate, chain and key: HTTPS"
+    )
+
+
+def _read_port(text: str) -> int:
+    """Raises ArgumentTypeError: what is no port."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:6]) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: give a number from 1 to 65535")
+    return int(text)
 
 
 def _add_model_commands(commands: Any) -> None:
@@ -534,6 +620,7 @@ def _describe(cluster: "Cluster") -> dict[str, Any]:
         "root": cluster.root,
         "s3_url": cluster.s3_url,
         "dashboard_url": cluster.dashboard_url,
+        "edge_url": cluster.edge_url,
         "serve_url": cluster.serve_url,
         "gcs_address": cluster.gcs_address,
         "bounds": asdict(cluster.state.bounds),
@@ -558,7 +645,9 @@ def _render_status(cluster: "Cluster") -> str:
             f"{bounds.logical_cpus} logical CPUs, {bounds.memory_bytes / GIB:.1f} GiB of memory, "
             f"{bounds.object_store_bytes / GIB:.1f} GiB for objects",
         ),
-        ("Ray Serve", cluster.serve_url),
+        ("Ray Serve", f"{cluster.serve_url}, for this machine alone"),
+        ("Edge", f"{cluster.edge_url}, for clients"),
+        ("", _render_usage(usage.get("edge"))),
         ("Home", str(cluster.home.path)),
         ("Shell", f'eval "$(heliostat env{flag})"'),
     ]

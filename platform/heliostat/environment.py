@@ -6,9 +6,11 @@ from heliostat.errors import HeliostatError
 
 GIB = 2**30
 MIN_LOGICAL_CPUS = 4
+# Where a deployed model answers, for the jobs that print it.
+EDGE_URL = "HELIOSTAT_EDGE_URL"
 STORE_PORT_OFFSET = 10_000
 REPLICA_PORTS = 100
-PREFERRED_PORTS = {"s3": 8333, "dashboard": 8265, "gcs": 6379, "serve": 8000}
+PREFERRED_PORTS = {"s3": 8333, "dashboard": 8265, "gcs": 6379, "serve": 8000, "edge": 8080}
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Ports:
     dashboard: int
     gcs: int
     serve: int
+    edge: int
     store_master: int
     store_volume: int
     store_filer: int
@@ -52,7 +55,11 @@ REQUIRED = (
 )
 TUNED = (
     Setting("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1", "user code in the replica's own event loop"),
-    Setting("RAY_worker_niceness", "0", "at 15 the least neighbour takes a third of a step"),
+    Setting("RAY_worker_niceness", "0", "a worker is no less than any other program"),
+    Setting("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1", "a dead proxy is missed after 3 s"),
+    Setting("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "5", "a busy one is not dead"),
+    Setting("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response", "a replica was killed"),
+    Setting("RAY_SERVE_HAPROXY_RETRIES", "2", "what kills replicas kills no more than three"),
     Setting("RAY_JOB_STOP_WAIT_TIME_S", "30", "a stopped job may finish its checkpoint, not 3 s"),
     Setting("RAY_health_check_initial_delay_ms", "5000", "a node is watched once it is up"),
     Setting("RAY_health_check_period_ms", "1000", "a dead node is found after 3 refused checks"),

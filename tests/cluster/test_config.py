@@ -15,6 +15,7 @@ import boto3
 import pytest
 import yaml
 
+from heliostat import cli
 from heliostat.cluster.config import Config, check, exports, start_commands
 from heliostat.errors import HeliostatError
 from heliostat.local.home import locate
@@ -64,8 +65,8 @@ def open_port(config: Config, **ranges: Any) -> None:
 
 SETTINGS = "every ray start carries the settings"
 TOKEN = "the token arrives as a file of mode 0600"
-LOOPBACK = "everything listens on 127.0.0.1"
-CLOSED = "only ssh is open to the outside"
+LOOPBACK = "everything but an edge with TLS listens on 127.0.0.1"
+CLOSED = "only ssh and an edge with TLS are open to the outside"
 PROFILE = "nodes get credentials from their instance profile alone"
 BROKEN: dict[str, tuple[Callable[[Config], object], str]] = {
     "no authentication": (lambda c: edit(c, "RAY_AUTH_MODE=token", ""), SETTINGS),
@@ -87,6 +88,11 @@ BROKEN: dict[str, tuple[Callable[[Config], object], str]] = {
         LOOPBACK,
     ),
     "public Serve": (lambda c: edit(c, "http-host 127.0.0.1", "http-host ::"), LOOPBACK),
+    "public edge without TLS": (lambda c: edit(c, "--port 8080", "--bind 0.0.0.0"), LOOPBACK),
+    "port of an edge without TLS": (
+        lambda c: open_port(c, FromPort=8080, ToPort=8080, IpRanges=[{"CidrIp": "0.0.0.0/0"}]),
+        CLOSED,
+    ),
     "public program": (lambda c: c["setup_commands"].append("nc -l 0.0.0.0 80"), LOOPBACK),
     "port for the world": (lambda c: open_port(c, IpRanges=[{"CidrIp": "0.0.0.0/0"}]), CLOSED),
     "port for IPv6": (lambda c: open_port(c, Ipv6Ranges=[{"CidrIpv6": "::/0"}]), CLOSED),
@@ -118,9 +124,16 @@ def test_a_broken_rule_is_named(check_changed: Callable[..., Config], name: str)
     assert len(str(caught.value)) < 600
 
 
+def open_edge(config: Config) -> None:
+    """As the comment in cluster.yaml says."""
+    edit(config, "edge --port 8080", "edge --bind 0.0.0.0 --port 8443 --tls-cert ~/edge.pem")
+    open_port(config, FromPort=8443, ToPort=8443, IpRanges=[{"CidrIp": "0.0.0.0/0"}])
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        open_edge,
         lambda c: open_port(c, FromPort=22, ToPort=22, IpRanges=[{"CidrIp": "203.0.113.7/32"}]),
         lambda c: open_port(c, IpRanges=[{"CidrIp": "10.0.0.0/8"}]),
         lambda c: c["available_node_types"].pop("gpu"),
@@ -167,7 +180,7 @@ def node(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a command as Ray's launcher does, in a home and with programs of the test's own."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("ray", "serve", "cloud-init"):
+    for name in ("ray", "serve", "cloud-init", "heliostat"):
         (programs / name).write_text("#!/bin/sh\necho us-west-2" if name == "cloud-init" else STUB)
         (programs / name).chmod(0o755)
 
@@ -196,6 +209,21 @@ def test_ray_starts_with_all_settings_and_private_files(
     assert "ray start --head --port=6379" in head
     assert "serve start --http-host 127.0.0.1 --http-port 8000" in serve
     assert "ray start --address=10.0.0.1:6379" in worker
+
+
+def test_the_head_has_an_edge_before_serve_where_jobs_say_it_is(
+    config: Config, tmp_path: Path, node: Callable[..., Any], wait_until: Callable[..., None]
+) -> None:
+    (command,) = (c for c in config["head_start_ray_commands"] if "heliostat edge" in c)
+    node(command)
+    calls = tmp_path / "calls"
+    wait_until(lambda: calls.exists() and "=====" in calls.read_text())
+    (call,) = (line for line in calls.read_text().splitlines() if line.startswith("heliostat "))
+    options = cli._build_parser().parse_args(call.split()[1:])
+    head, _ = start_commands(config)
+    assert f"--http-port {options.upstream_port}" in head
+    assert exports(head)["HELIOSTAT_EDGE_URL"] == f"http://127.0.0.1:{options.port}"
+    assert options.bind is None
 
 
 def test_head_and_workers_export_the_same(config: Config) -> None:

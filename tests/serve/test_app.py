@@ -107,6 +107,14 @@ def test_a_request_id_is_never_the_clients(client: Client) -> None:
     assert all(len(bytes.fromhex(request_id)) == 16 for request_id in ids)
 
 
+def test_an_answer_has_the_id_that_the_edge_gave(client: Client) -> None:
+    given = "0123456789abcdef" * 2
+    for path in ("/healthz", "/nothing"):
+        response = client.get(path, headers={"x-request-id": given})
+        assert response.headers["x-request-id"] == given
+    assert check_error(response)["request_id"] == given
+
+
 class Body:
     """The receiving side of a request whose body comes in chunks, and how many were taken."""
 
@@ -166,6 +174,23 @@ def test_a_body_that_never_comes_is_408() -> None:
     app = make_app(MODELS, Limits(max_body_bytes=10, max_requests=1, request_timeout_s=0.05))
     status, answer = asyncio.run(post(app, Stalled()))
     assert (status, answer["error"]["type"]) == (408, "timeout")
+
+
+@pytest.mark.parametrize(("limit_s", "wanted"), [(60, "0.05"), (0.05, "1000"), (0.05, "60.5")])
+def test_a_client_may_only_shorten_the_time(limit_s: float, wanted: str) -> None:
+    app = make_app(MODELS, Limits(max_body_bytes=10, max_requests=1, request_timeout_s=limit_s))
+    status, answer = asyncio.run(post(app, Stalled(), {"x-timeout-seconds": wanted}))
+    assert (status, answer["error"]["message"]) == (408, "no answer within 0.05 s")
+
+
+@pytest.mark.parametrize(
+    "wanted", ["0", "0.0", "-1", "nan", "inf", "1e9", "", "1s", "٣", "9" * 400]
+)
+def test_a_timeout_that_is_none_is_refused(client: Client, wanted: str) -> None:
+    headers = {"x-timeout-seconds": wanted.encode()}
+    response = client.post("/v1/models/shapes:predict", json=IMAGES, headers=headers)
+    assert response.status_code == 400
+    assert check_error(response)["field"] == "x-timeout-seconds"
 
 
 def test_a_full_house_refuses_the_next_request_at_once_and_opens_again() -> None:

@@ -30,7 +30,7 @@ from heliostat.data.features import ImageFeatures, features_to_json, input_of
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, predict
 from heliostat.keys import Limits
-from heliostat.local import Cluster
+from heliostat.local import Cluster, processes
 from heliostat.models import build
 from heliostat.serve.deploy import APPLICATION, rollback
 from heliostat.serve.deploy import deploy as release
@@ -227,7 +227,7 @@ def digits(
 def test_a_job_deploys_what_answers_as_the_model_does_offline(
     cluster: Cluster, store: Store, digits: str
 ) -> None:
-    assert digits == f"{cluster.serve_url}/v1/models/digits:predict"
+    assert digits == f"{cluster.edge_url}/v1/models/digits:predict"
     version, online = predict_online(digits)
     assert version == 1
     np.testing.assert_allclose(online, predict_offline(store, "digits:1"), atol=1e-6)
@@ -504,6 +504,29 @@ def test_replicas_without_room_are_given_up(store: Store, digits: str) -> None:
     assert set(answered) <= {(200, version), (200, new.number)}
     assert predict_online(digits)[0] == version
     assert read_table(store) == table
+
+
+@pytest.mark.cluster
+@pytest.mark.faults
+def test_a_killed_proxy_of_serve_costs_what_is_inside_and_seconds(
+    cluster: Cluster, digits: str, wait_until: Wait
+) -> None:
+    marker, version = cluster.state.marker("ray"), predict_online(digits)[0]
+    direct = f"{cluster.serve_url}/v1/models/digits:predict"
+    with steady_load(digits, 3) as answered:
+        wait_until(lambda: answered.total() > 100)
+        killed = [p for p in processes.find(marker) if p.info["name"] == "haproxy"]
+        assert killed
+        for process in killed:
+            process.kill()
+        began = time.monotonic()
+        wait_until(lambda: not answers(direct))
+        wait_until(lambda: answers(direct))
+        seconds, total = time.monotonic() - began, answered.total()
+        wait_until(lambda: answered.total() > total + 100)
+    good, later = (200, version), (503, None)
+    assert sum(answered[kind] for kind in set(answered) - {good, later}) <= 3, answered
+    assert seconds < 20
 
 
 @pytest.mark.cluster

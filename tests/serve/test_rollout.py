@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from heliostat import registry
 from heliostat.data.features import ImageFeatures, features_to_json
+from heliostat.environment import EDGE_URL
 from heliostat.errors import HeliostatError
 from heliostat.serve import control
 from heliostat.serve.control import HTTP_OPTIONS
@@ -89,6 +90,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeServe]]:
     handler = type("Handler", (FakeServe,), {})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.delenv(EDGE_URL, raising=False)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield handler

@@ -15,7 +15,9 @@ from heliostat.errors import HeliostatError
 
 Config = dict[str, Any]
 SETTINGS = {s.name: s.value for s in (*REQUIRED, *TUNED) if s.name.startswith("RAY_")}
-HOST = re.compile(r"--[a-z-]*host[= ]+(\S+)|(0\.0\.0\.0)")
+HOST = re.compile(r"--(?:[a-z-]*host|bind)[= ]+(\S+)|(0\.0\.0\.0)")
+EDGE = re.compile(r"\bheliostat +edge\b")
+EDGE_PORT = re.compile(r"--port[= ]+(\d+)")
 SECRET = re.compile(
     r"AWS_(?:ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN)|RAY_AUTH_TOKEN=|\.aws\b"
 )
@@ -69,6 +71,12 @@ def start_commands(config: Config) -> list[str]:
     return [command for command in commands if re.search(r"\bray +start\b", command)]
 
 
+def find_secured_edge(config: Config) -> str | None:
+    """The command of an edge with a TLS certificate, the one thing that may be open."""
+    commands = (c for c in config["head_start_ray_commands"] if EDGE.search(c))
+    return next((command for command in commands if "--tls-cert" in command), None)
+
+
 def _setups(config: Config) -> Iterator[list[str]]:
     """The setup commands of each kind of node."""
     yield config["head_setup_commands"]
@@ -93,17 +101,21 @@ def _exposed_token(config: Config) -> Iterator[str]:
 
 
 def _open_hosts(config: Config) -> Iterator[str]:
-    for command in [*start_commands(config), *(c for setup in _setups(config) for c in setup)]:
+    starts = {*config["head_start_ray_commands"], *config["worker_start_ray_commands"]}
+    closed = [*(starts - {find_secured_edge(config)}), *(c for s in _setups(config) for c in s)]
+    for command in closed:
         hosts = (option or literal for option, literal in HOST.findall(command))
         yield from (f"{host} stands in `{command[-80:]}`" for host in hosts if host != "127.0.0.1")
 
 
 def _public_ports(config: Config) -> Iterator[str]:
+    ports_of_edge = EDGE_PORT.findall(find_secured_edge(config) or "")
+    allowed = [(port, port) for port in (22, *map(int, ports_of_edge))]
     for permission in config["provider"].get("security_group", {}).get("IpPermissions", []):
         ports = permission.get("FromPort", "all"), permission.get("ToPort", "all")
         for entry in [*permission.get("IpRanges", []), *permission.get("Ipv6Ranges", [])]:
             cidr = entry.get("CidrIp") or entry.get("CidrIpv6")
-            if ports != (22, 22) and not ipaddress.ip_network(cidr, strict=False).is_private:
+            if ports not in allowed and not ipaddress.ip_network(cidr, strict=False).is_private:
                 yield f"ports {ports[0]} to {ports[1]} are open to {cidr}"
 
 
@@ -118,7 +130,7 @@ def _keys(config: Config) -> Iterator[str]:
 RULES: dict[str, Callable[[Config], Iterator[str]]] = {
     "every ray start carries the settings of Heliostat": _unset,
     "the token arrives as a file of mode 0600": _exposed_token,
-    "everything listens on 127.0.0.1": _open_hosts,
-    "only ssh is open to the outside": _public_ports,
+    "everything but an edge with TLS listens on 127.0.0.1": _open_hosts,
+    "only ssh and an edge with TLS are open to the outside": _public_ports,
     "nodes get credentials from their instance profile alone": _keys,
 }

@@ -1,4 +1,4 @@
-"""The laptop cluster: an S3 store and a Ray head with Serve, started, described and stopped."""
+"""The laptop cluster: an S3 store, a Ray head with Serve and an edge before it."""
 
 import secrets
 import shutil
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from heliostat.environment import LOOPBACK, PREFERRED_PORTS, STORE_PORT_OFFSET, Ports
+from heliostat.environment import EDGE_URL, LOOPBACK, PREFERRED_PORTS, STORE_PORT_OFFSET, Ports
 from heliostat.errors import HeliostatError
-from heliostat.local import head, machine, processes, store
+from heliostat.local import edge, head, machine, processes, store
 from heliostat.local.home import (
     MARKER_FILE,
     Home,
@@ -21,6 +21,7 @@ from heliostat.local.home import (
     read_store_keys,
     write_state,
 )
+from heliostat.local.home import Listen as Listen
 from heliostat.local.home import locate as locate
 
 BUCKET = "heliostat"
@@ -30,7 +31,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Part:
-    """One half of a cluster; it runs while all of its main programs do."""
+    """A third of a cluster; it runs while all of its main programs do."""
 
     name: str
     title: str
@@ -38,10 +39,12 @@ class Part:
     grace_seconds: float
 
 
-# Ray ends first, so that a job's last write still finds the store.
+# The edge ends first, so that requests end before their replicas, and Ray before the store, so that
+# a job's last write still finds it.
+EDGE = Part(edge.NAME, "the edge", frozenset({edge.PROGRAM}), grace_seconds=2.0)
 RAY = Part(head.NAME, "Ray", frozenset({"gcs_server", "raylet"}), grace_seconds=2.0)
 STORE = Part(store.NAME, "the S3 store", frozenset({"weed"}), grace_seconds=10.0)
-PARTS = (RAY, STORE)
+PARTS = (EDGE, RAY, STORE)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Cluster:
         return f"http://127.0.0.1:{self.state.ports.serve}"
 
     @property
+    def edge_url(self) -> str:
+        """Where models answer: the one address that is fit for others."""
+        return edge.describe(self.state).url
+
+    @property
     def gcs_address(self) -> str:
         return f"127.0.0.1:{self.state.ports.gcs}"
 
@@ -104,6 +112,7 @@ class Cluster:
             "RAY_ADDRESS": self.gcs_address,
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
+            EDGE_URL: self.edge_url,
             LOOPBACK.name: LOOPBACK.value,
             **self.credentials,
         }
@@ -114,12 +123,14 @@ def start(
     *,
     free_ports: bool = False,
     with_ray: bool = True,
+    listen: Listen | None = None,
     report: Report = lambda line: None,
 ) -> Cluster:
-    """Start what does not run yet of the store and of Ray with Serve; a line per step to `report`.
+    """Start what does not run yet of store, Ray with Serve, and edge; a line per step to `report`.
 
     Raises:
-        HeliostatError: a port is taken or a part does not come up; nothing of this call stays.
+        HeliostatError: a port is taken or a part does not come up, and nothing of this call stays;
+            or the cluster that runs was told to `listen` elsewhere.
     """
     furnish(home)
     with lock(home):
@@ -128,7 +139,12 @@ def start(
             report("The last cluster here ended without `heliostat down`: starting anew.")
             _end(home, state)
             state = None
-        state = state or _plan(free_ports)
+        state = state or _plan(free_ports, listen or Listen())
+        if listen not in (None, state.listen):
+            raise HeliostatError(
+                f"the edge of {home.path} listens at {edge.describe(state).url} already: "
+                f"`heliostat down` first, which keeps the data"
+            )
         wanted = PARTS if with_ray else (STORE,)
         missing = [part for part in wanted if not _runs(state, part)]
         cluster = Cluster(home, state)
@@ -181,7 +197,7 @@ def purge(home: Home) -> int:
     return size_bytes
 
 
-def _plan(free_ports: bool) -> State:
+def _plan(free_ports: bool, listen: Listen) -> State:
     """Decide everything about a new cluster; of the world only its scratch directory is made."""
     chosen = {"replicas": machine.pick_replica_ports()}
     chosen |= {} if free_ports else PREFERRED_PORTS
@@ -189,7 +205,7 @@ def _plan(free_ports: bool) -> State:
     ports = Ports(**chosen, **dict(zip(others, machine.pick_ports(len(others)), strict=True)))
     # Sockets lie in it, whose paths are limited to about a hundred characters.
     scratch = Path(tempfile.mkdtemp(prefix="heliostat-", dir="/tmp"))
-    return State(secrets.token_hex(16), ports, machine.measure(), scratch)
+    return State(secrets.token_hex(16), ports, machine.measure(), scratch, listen)
 
 
 def _start_parts(cluster: Cluster, parts: list[Part], report: Report) -> None:
@@ -227,6 +243,10 @@ def _launch(cluster: Cluster, parts: list[Part], report: Report) -> None:
         head.let_serve_start(serve)
         head.await_end(serve, "Ray Serve", home.serve_log)
         tell(f"Ray Serve  {cluster.serve_url}")
+    if EDGE in parts:
+        marker = state.marker(edge.NAME)
+        edge.start(edge.describe(state), marker, state.scratch, home.edge_log)
+        tell(f"Edge       {cluster.edge_url}")
 
 
 def _list_ports(ports: Ports, parts: Iterable[Part]) -> list[tuple[str, int]]:
@@ -238,6 +258,7 @@ def _list_ports(ports: Ports, parts: Iterable[Part]) -> list[tuple[str, int]]:
             ("Ray GCS", ports.gcs),
             ("Ray Serve", ports.serve),
         ],
+        EDGE: [("edge", ports.edge)],
     }
     return [purpose for part in parts for purpose in purposes[part]]
 
@@ -256,7 +277,7 @@ def _sum_usage(state: State, part: Part) -> Usage:
 
 
 def _end(home: Home, state: State) -> list[int]:
-    """End both parts, keep Ray's logs, drop its scratch and the state."""
+    """End all parts, keep Ray's logs, drop its scratch and the state."""
     ended = _end_parts(state, PARTS)
     session_logs = state.ray_directory / "session_latest" / "logs"
     if session_logs.exists():
@@ -268,6 +289,8 @@ def _end(home: Home, state: State) -> list[int]:
 
 
 def _end_parts(state: State, parts: Iterable[Part]) -> list[int]:
+    if EDGE in parts:
+        edge.stop(state.marker(edge.NAME))
     return [
         pid for part in parts for pid in processes.end(state.marker(part.name), part.grace_seconds)
     ]

@@ -1,18 +1,29 @@
 """A Ray head with Serve on it: with which environment it is launched and when it is up."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from heliostat.environment import LOOPBACK, REPLICA_PORTS, REQUIRED, TUNED, Ports
+from heliostat.environment import EDGE_URL, LOOPBACK, REPLICA_PORTS, REQUIRED, TUNED, Ports
 from heliostat.errors import HeliostatError
 from heliostat.local import processes
-from heliostat.local.home import Home, State
+from heliostat.local.edge import describe, find_haproxy
+from heliostat.local.home import Home, State, write_private
 
 NAME = "ray"
 READY_SECONDS = 180.0
+# Serve binds the statistics of its HAProxy to every address and has no setting for that.
+CLOSE = """#!/bin/sh
+for word; do
+    case $word in
+    *.cfg) sed -i -E 's/^( *bind )[*]?:/\\1127.0.0.1:/' "$word" ;;
+    esac
+done
+exec {program} "$@"
+"""
 
 
 def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[str, str]:
@@ -26,12 +37,17 @@ def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[st
         **{setting.name: setting.value for setting in (*REQUIRED, LOOPBACK)},
         **credentials,
         **_place(state.ports, state.scratch),
+        EDGE_URL: describe(state).url,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_closed_haproxy(state)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
 
 
 def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Run `ray start --head`, which ends when the node is registered."""
+    closed = _closed_haproxy(state)
+    write_private(closed, CLOSE.format(program=shlex.quote(find_haproxy())))
+    closed.chmod(0o700)
     options = {
         "port": state.ports.gcs,
         "node-ip-address": "127.0.0.1",
@@ -83,6 +99,10 @@ def await_end(command: "subprocess.Popen[bytes]", what: str, log: Path) -> None:
         lines = log.read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing logged")
         raise HeliostatError(f"{what} did not start: {last} (the whole log is {log})")
+
+
+def _closed_haproxy(state: State) -> Path:
+    return state.scratch / "haproxy"
 
 
 def _place(ports: Ports, scratch: Path) -> dict[str, str]:

@@ -62,8 +62,20 @@ class Home:
         return self.logs / "serve-start.log"
 
     @property
+    def edge_log(self) -> Path:
+        return self.logs / "edge.log"
+
+    @property
     def session_logs(self) -> Path:
         return self.logs / "ray"
+
+
+@dataclass(frozen=True)
+class Listen:
+    """The address of the edge, the one part that others may reach, and its TLS certificate."""
+
+    host: str = "127.0.0.1"
+    certificate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,7 @@ class State:
     ports: Ports
     bounds: MachineBounds
     scratch: Path
+    listen: Listen = Listen()
 
     def marker(self, part: str) -> str:
         """What the processes of a part carry and nobody else does."""
@@ -144,6 +157,7 @@ def read_state(home: Home) -> State | None:
             Ports(**document["ports"]),
             MachineBounds(**document["bounds"]),
             Path(document["scratch"]),
+            Listen(**document["listen"]),
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -2,6 +2,7 @@
 
 from pydantic_core import to_json
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -10,6 +11,7 @@ from heliostat.registry import Version
 from heliostat.serve import predict
 from heliostat.serve.door import Door, Limits
 from heliostat.serve.gate import visit_of
+from heliostat.serve.identity import Identity
 from heliostat.serve.replies import ERROR_HANDLERS, reply
 from heliostat.serve.shelf import Shelf
 from heliostat.signature import Classes, NextToken, Numbers, output_from_json
@@ -34,7 +36,8 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
         Route("/v1/models", list_models),
         *(route for list_routes in PROTOCOLS for route in list_routes(shelf, door)),
     ]
-    app = Starlette(routes=routes, exception_handlers=ERROR_HANDLERS)
+    named = Middleware(Identity)
+    app = Starlette(routes=routes, middleware=[named], exception_handlers=ERROR_HANDLERS)
     app.router.redirect_slashes = False
     return app
 

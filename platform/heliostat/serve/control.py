@@ -1,5 +1,6 @@
 """The REST interface of Ray Serve: what is to run goes in, what runs and why not comes out."""
 
+import os
 import re
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.dashboard.utils import get_address_for_submission_client
 from ray.exceptions import RayError
 
+from heliostat.environment import EDGE_URL
 from heliostat.errors import HeliostatError
 
 POLL_SECONDS = 0.5
@@ -86,6 +88,9 @@ def explain(app: dict[str, Any]) -> str:
 
 
 def find_url(client: Serve) -> str:
+    """The address of the edge, or of Serve itself where there is no edge."""
+    if EDGE_URL in os.environ:
+        return os.environ[EDGE_URL]
     options = HTTP_OPTIONS | client.describe()["http_options"]
     host = "127.0.0.1" if options["host"] == "0.0.0.0" else options["host"]
     return f"http://{host}:{options['port']}"

@@ -1,6 +1,7 @@
 """The door of a replica: how many requests are inside, for how long, and how large they may be."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,6 +13,8 @@ from heliostat.serve.replies import Refusal
 
 Handler = Callable[[Request, bytes], Awaitable[Response]]
 Endpoint = Callable[[Request], Awaitable[Response]]
+TIMEOUT_HEADER = "x-timeout-seconds"
+SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,30 @@ class Door:
         limits = self._limits
 
         async def endpoint(request: Request) -> Response:
+            seconds = shorten(request.headers.get(TIMEOUT_HEADER), limits.request_timeout_s)
             try:
                 with self._room:
-                    async with asyncio.timeout(limits.request_timeout_s):
+                    async with asyncio.timeout(seconds):
                         return await handle(
                             request, await read_body(request, limits.max_body_bytes)
                         )
             except TimeoutError as error:
-                raise Refusal(408, f"no answer within {limits.request_timeout_s:g} s") from error
+                raise Refusal(408, f"no answer within {seconds:g} s") from error
 
         return endpoint
+
+
+def shorten(wanted: str | None, limit_s: float) -> float:
+    """The seconds that a client asks for, if they are fewer than the limit.
+
+    Raises:
+        Refusal: 400, it asks for something that is no number of seconds above 0.
+    """
+    if wanted is None:
+        return limit_s
+    if not SECONDS.fullmatch(wanted) or not float(wanted):
+        raise Refusal(400, f"{TIMEOUT_HEADER} must be a number of seconds above 0", TIMEOUT_HEADER)
+    return min(float(wanted), limit_s)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

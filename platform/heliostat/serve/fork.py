@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 MAX_SHADOWS = 16  # at once; those above are not asked, nobody waits for them
 USAGE = "heliostat.usage"  # the message in which a candidate tells what a request took
-CARRIED = frozenset({b"content-type", b"accept", b"inference-header-content-length"})
+CARRIED = frozenset(
+    {b"content-type", b"accept", b"inference-header-content-length", b"x-request-id"}
+)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Replica:
         from heliostat.keys import Keyring, follow
         from heliostat.serve.desk import Desk
         from heliostat.serve.gate import Gate
+        from heliostat.serve.identity import Identity
         from heliostat.serve.office import reach_office
         from heliostat.serve.scores import Reporter, find_board
 
@@ -80,7 +81,7 @@ class Replica:
         if plan.auth:
             ring.refresh()
             follow(ring)
-        return Gate(self._fork, ring.find if plan.auth else None, desk)
+        return Identity(Gate(self._fork, ring.find if plan.auth else None, desk))
 
     def reconfigure(self, candidates: Mapping[str, Any]) -> None:
         """Which candidates there are now; Serve calls this with the deployment's user_config."""

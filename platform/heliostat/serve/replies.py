@@ -1,7 +1,6 @@
 """Answers: JSON as it is, and every error in one shape with the id of its request."""
 
 import logging
-import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -9,6 +8,8 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+
+from heliostat.serve.identity import REQUEST_ID, find_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ ERROR_TYPES = {
     503: "unavailable",
 }
 RETRY_HEADERS = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
-REQUEST_ID = "x-request-id"
 
 
 class Refusal(Exception):
@@ -48,7 +48,7 @@ class Refusal(Exception):
 
 
 def reply(content: bytes) -> Response:
-    return Response(content, media_type=JSON_TYPE, headers={REQUEST_ID: make_request_id()})
+    return Response(content, media_type=JSON_TYPE, headers={REQUEST_ID: find_request_id()})
 
 
 def fail(
@@ -57,7 +57,7 @@ def fail(
     field: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    request_id = make_request_id()
+    request_id = find_request_id()
     content = render_error(status, message, request_id, field)
     return Response(
         content, status, {**(headers or {}), REQUEST_ID: request_id}, media_type=JSON_TYPE
@@ -73,10 +73,6 @@ def render_error(status: int, message: str, request_id: str, field: str | None =
         "request_id": request_id,
     }
     return to_json({"error": error})
-
-
-def make_request_id() -> str:
-    return secrets.token_hex(16)
 
 
 async def on_refusal(request: Request, refusal: Refusal) -> Response:
