@@ -6,10 +6,10 @@ import re
 import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
@@ -50,6 +50,7 @@ __all__ = [
     "ModelSpec",
     "OptimizerSpec",
     "Positive",
+    "PredictSpec",
     "RecsysSpec",
     "RnnSpec",
     "RopeScalingSpec",
@@ -85,6 +86,17 @@ class EvaluateSpec(Section):
     batch: Positive = 512
 
 
+class PredictSpec(Section):
+    """`source` holds the rows; of them the share `max_bad` may be such that cannot be used."""
+
+    source: str | None = None
+    format: Literal["auto", "images", "csv", "parquet"] = "auto"
+    version: Positive | None = None
+    batch: Positive = 512
+    workers: Positive = 2
+    max_bad: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.01
+
+
 class DeploySpec(Section):
     """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up.
 
@@ -110,6 +122,7 @@ class RunSpec(Section):
     model: ModelSpec
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    predict: PredictSpec = PredictSpec()
     deploy: DeploySpec = DeploySpec()
 
     @field_validator("name")
