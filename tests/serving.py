@@ -1,30 +1,46 @@
 """Small models of several kinds, an application over them and a client of it, in one process."""
 
 import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import torch
+import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from heliostat.data.features import (
     CategoryColumn,
     Features,
+    IdColumn,
     ImageFeatures,
     NumericColumn,
+    SeriesFeatures,
     TableFeatures,
+    TextFeatures,
     features_to_json,
     input_of,
 )
+from heliostat.data.tokens import learn_tokenizer, parse_tokenizer
 from heliostat.evaluate import Predictor
 from heliostat.models import build, task_of
 from heliostat.registry import Version
 from heliostat.serve.app import build_app
 from heliostat.serve.door import Limits
 from heliostat.serve.shelf import Served, Shelf
-from heliostat.signature import Classes, Signature, output_to_json
-from heliostat.spec import MlpSpec
+from heliostat.signature import Classes, Numbers, Output, Signature, output_to_json
+from heliostat.spec import (
+    CnnSpec,
+    EncoderSpec,
+    MlpSpec,
+    ModelSpec,
+    RecsysSpec,
+    RnnSpec,
+)
 
 LABELS = ("no", "yes", "perhaps")
 OUTPUT = Classes(LABELS)
@@ -37,13 +53,23 @@ IMAGES = {"instances": [[[0, 64, 128, 255]] * 4, [[255] * 4] * 4]}
 ROWS = {"instances": [{"age": 41, "job": "cook"}, {"age": None, "job": "pilot"}]}
 
 
-def serve(name: str, features: Features, number: int = 3) -> Served:
+MLP = MlpSpec(kind="mlp", hidden=(8,))
+TOKENIZER = learn_tokenizer(["the quick brown fox jumps over the lazy dog"] * 4, 300)
+
+
+def serve(
+    name: str,
+    features: Features,
+    number: int = 3,
+    model: ModelSpec = MLP,
+    output: Output = OUTPUT,
+) -> Served:
     torch.manual_seed(0)
     version = Version(
         name=name,
         number=number,
         created="2026-01-01T00:00:00+00:00",
-        output=output_to_json(OUTPUT),
+        output=output_to_json(output),
         features=features_to_json(features),
         spec={},
         data_name=name,
@@ -55,12 +81,42 @@ def serve(name: str, features: Features, number: int = 3) -> Served:
         weights_sha256="0" * 64,
         weights_bytes=0,
     )
-    model, signature = MlpSpec(kind="mlp", hidden=(8,)), Signature(input_of(features), OUTPUT)
-    network = build(model, signature).eval()
-    return Served(version, Predictor(network, task_of(model, signature), features, OUTPUT))
+    signature = Signature(input_of(features), output)
+    network, task = build(model, signature).eval(), task_of(model, signature)
+    is_text = isinstance(features, TextFeatures)
+    tokenizer = parse_tokenizer(TOKENIZER, name) if is_text else None
+    return Served(version, Predictor(network, task, features, output, tokenizer))
 
 
 MODELS = {"shapes": serve("shapes", IMAGE), "people": serve("people", TABLE)}
+
+COLOUR = ImageFeatures(8, 8, 3, (0.5,) * 3, (0.25,) * 3)
+SERIES = SeriesFeatures(6, 2, (0.5, 1.0), (1.0, 2.0))
+TEXTS = TextFeatures(16, 300, "0" * 64)
+RATINGS = TableFeatures(
+    (
+        IdColumn("user", ("1", "2")),
+        IdColumn("item", ("a", "b")),
+        NumericColumn("age", 40, 10, False),
+    )
+)
+PRICES = Numbers(("low", "high"), (10.0, 20.0), (2.0, 4.0))
+# One of every kind of features, family of models and kind of output.
+EVERY = {
+    **MODELS,
+    "photos": serve("photos", COLOUR, model=CnnSpec(kind="cnn", channels=(4, 8), hidden=(8,))),
+    "sounds": serve("sounds", SERIES, model=RnnSpec(kind="rnn", width=6)),
+    "mails": serve("mails", TEXTS, model=EncoderSpec(kind="encoder", layers=1, width=8, heads=2)),
+    "tweets": serve("tweets", TEXTS, model=RnnSpec(kind="rnn", width=6, cell="lstm")),
+    "ratings": serve("ratings", RATINGS, model=RecsysSpec(kind="recsys", embedding=4, hidden=(8,))),
+    "signs": serve(
+        "signs",
+        TABLE,
+        model=MlpSpec(kind="mlp", hidden=(8,), loss="bce"),
+        output=Classes(("-", "+")),
+    ),
+    "prices": serve("prices", TABLE, output=PRICES),
+}
 
 
 def make_app(models: dict[str, Served], limits: Limits) -> Starlette:
@@ -87,6 +143,20 @@ class Client:
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         return self.request("POST", path, **options)
+
+
+@contextmanager
+def listen(app: Starlette) -> Iterator[str]:
+    """The application behind a real HTTP server; its host and port."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+        thread.start()
+        try:
+            yield "{}:{}".format(*bound.getsockname())
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def check_error(response: httpx.Response) -> dict[str, Any]:

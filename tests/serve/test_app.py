@@ -59,7 +59,7 @@ def test_health_and_the_list_of_models(client: Client) -> None:
     [
         ("GET", "/", 404),
         ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/openapi.json/", 404),
         ("GET", "/healthz/", 404),
         ("GET", "//v1/models", 404),
         ("POST", "/healthz", 405),

@@ -81,6 +81,10 @@ class TableFeatures:
         return tuple(column for column in self.columns if isinstance(column, NumericColumn))
 
     @cached_property
+    def numeric_names(self) -> tuple[str, ...]:
+        return tuple(column.name for column in self.numeric)
+
+    @cached_property
     def ids(self) -> tuple[IdColumn, ...]:
         return tuple(column for column in self.columns if isinstance(column, IdColumn))
 
@@ -98,7 +102,8 @@ class Slots:
     """Which of a row's `width` inputs each column has, with what scales all numbers at once.
 
     `numbers` and `flags` are the inputs of the numeric columns and of those `flagged` for missing
-    values; `categories` are (column, input of each value, input of all others).
+    values; `categories` are (column, input of each value, input of all others). `owners` are the
+    names of the columns that the inputs belong to.
     """
 
     width: int
@@ -108,6 +113,7 @@ class Slots:
     categories: tuple[tuple[str, dict[str, int], int], ...]
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
+    owners: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,7 @@ def token_type(vocab: int) -> type[np.uint16] | type[np.int32]:
 def _assign_slots(features: TableFeatures) -> Slots:
     """Inputs in the order of the columns; an id has none here, it is looked up instead."""
     numbers: list[int] = []
-    flagged, flags, categories, width = [], [], [], 0
+    flagged, flags, categories, owners, width = [], [], [], list[str](), 0
     for column in features.columns:
         match column:
             case NumericColumn(has_missing=has_missing):
@@ -244,6 +250,7 @@ def _assign_slots(features: TableFeatures) -> Slots:
                 places = {value: width + place for place, value in enumerate(values)}
                 categories.append((COLUMN_PREFIX + column.name, places, width + len(values)))
                 width += len(values) + 1
+        owners += [column.name] * (width - len(owners))
     return Slots(
         width,
         np.array(numbers, np.intp),
@@ -252,4 +259,5 @@ def _assign_slots(features: TableFeatures) -> Slots:
         tuple(categories),
         np.array([column.mean for column in features.numeric], np.float64),
         np.array([column.std for column in features.numeric], np.float64),
+        tuple(owners),
     )

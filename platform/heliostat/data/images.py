@@ -135,7 +135,7 @@ def _read_files(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Ta
 
 
 def _read_file(store: Store, key: str, layout: ImageLayout) -> tuple[bytes | None, str | None]:
-    if folder_of(key) is None:
+    if layout.labelled and folder_of(key) is None:
         return None, "not in a class folder"
     try:
         image = decode_image(store.read(key), layout.height, layout.width, layout.channels)

@@ -26,6 +26,7 @@ from heliostat.data.features import (
     TableFeatures,
     TextFeatures,
 )
+from heliostat.data.nested import NUMBERS_OR_NULL, are_pixels, read_numbers
 from heliostat.data.pixels import BROKEN_IMAGE, decode_image, open_image
 from heliostat.errors import HeliostatError
 
@@ -73,6 +74,19 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
 
 
 def _parse_images(features: ImageFeatures, instances: list[object]) -> NDArray[Any]:
+    height, width, channels = features.height, features.width, features.channels
+    pixels = read_numbers(instances)
+    if (
+        pixels is not None
+        and pixels.shape[1:] == ((height, width) if channels == 1 else (height, width, channels))
+        and are_pixels(pixels).all()
+    ):
+        return pixels.astype(np.float32).reshape(-1, height, width, channels)
+    return _parse_each_image(features, instances)
+
+
+def _parse_each_image(features: ImageFeatures, instances: list[object]) -> NDArray[Any]:
+    """Files among them, or a value that is wrong and gets a name."""
     paths = [f"instances[{index}]" for index in range(len(instances))]
     given = [
         _read_file(instance, path) if isinstance(instance, dict) else instance
@@ -156,9 +170,18 @@ def _parse_all_series(
 def _parse_series(features: SeriesFeatures, instance: object, path: str) -> NDArray[np.float32]:
     if not isinstance(instance, list) or not 0 < len(instance) <= features.length:
         raise FieldError(path, f"must be a list of 1 to {features.length:,} steps")
-    for index, step in enumerate(instance):
-        _check_step(step, features.channels, f"{path}[{index}]")
-    return np.array(instance, np.float32).reshape(len(instance), features.channels)
+    values = read_numbers(instance, NUMBERS_OR_NULL)
+    if values is None or not _fits(values, features.channels):
+        for index, step in enumerate(instance):
+            _check_step(step, features.channels, f"{path}[{index}]")
+        steps = [step if isinstance(step, list) else [step] for step in instance]
+        values = np.array(steps, np.float64)
+    return values.astype(np.float32).reshape(len(instance), features.channels)
+
+
+def _fits(values: NDArray[np.float64], channels: int) -> bool:
+    is_shaped = values.shape[1:] == (channels,) or (channels == 1 and values.ndim == 1)
+    return is_shaped and not (abs(values) > MAX_FLOAT32).any()
 
 
 def _check_step(step: object, channels: int, path: str) -> None:
@@ -180,12 +203,14 @@ def _parse_rows(features: TableFeatures, instances: list[object]) -> Columns:
         for column in features.columns
         if not isinstance(column, NumericColumn)
     }
-    return {NUMBERS: _parse_numbers(features.numeric, rows), **texts}
+    return {NUMBERS: _parse_numbers(features, rows), **texts}
 
 
 def _check_row(features: TableFeatures, instance: object, path: str) -> None:
     if not isinstance(instance, dict):
         raise FieldError(path, "must be an object of column: value")
+    if instance.keys() <= features.names:
+        return
     for name in instance:
         if name not in features.names:
             names = [column.name for column in features.columns]
@@ -193,16 +218,15 @@ def _check_row(features: TableFeatures, instance: object, path: str) -> None:
             raise FieldError(f"{path}.{name}", f"is unknown, the columns are {listed}")
 
 
-def _parse_numbers(
-    columns: tuple[NumericColumn, ...], rows: list[dict[str, object]]
-) -> NDArray[np.float64]:
+def _parse_numbers(features: TableFeatures, rows: list[dict[str, object]]) -> NDArray[np.float64]:
     """(rows, columns) with NaN where missing."""
-    numbers = np.empty((len(rows), len(columns)), np.float64)
-    for index, row in enumerate(rows):
-        values: list[Any] = [row.get(column.name) for column in columns]
-        numbers[index] = [value if is_number(value) else math.nan for value in values]
+    values: list[list[Any]] = [list(map(row.get, features.numeric_names)) for row in rows]
+    numbers = read_numbers(values, NUMBERS_OR_NULL)
+    if numbers is None or (abs(numbers) > MAX_NUMBER).any():
+        kept = [[value if is_number(value) else math.nan for value in row] for row in values]
+        numbers = np.array(kept, np.float64)
     for index, place in np.argwhere(np.isnan(numbers)):
-        column = columns[place]
+        column = features.numeric[place]
         path = f"instances[{index}].{column.name}"
         _check_missing(column, rows[index].get(column.name), path)
     return numbers

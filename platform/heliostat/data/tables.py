@@ -185,6 +185,8 @@ def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
 
 
 def _clean_labels(batch: Batch, layout: TableLayout, problems: list[str | None]) -> pa.Array:
+    if not layout.label:
+        return pa.nulls(len(batch.rows), pa.string())
     if isinstance(layout.label, str):
         labels = to_names(batch.columns[layout.label])
         _mark(problems, _where_null(labels), "the label is missing")
@@ -199,6 +201,12 @@ def _clean_labels(batch: Batch, layout: TableLayout, problems: list[str | None])
         if len(layout.label) == 1
         else pa.FixedSizeListArray.from_arrays(flat, len(layout.label))
     )
+
+
+def _check_present(layout: TableLayout, names: list[str], place: str) -> None:
+    for name in layout.kinds:
+        if name not in names:
+            raise HeliostatError(f"{place} has no column {name}, it has {_list_names(names)}")
 
 
 def _clean_numbers(column: pa.Array, place: str, problems: list[str | None]) -> NDArray[np.float64]:
@@ -315,7 +323,8 @@ def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
 
 
 def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
-    with open_csv(store, unit["key"]) as (_, batches):
+    with open_csv(store, unit["key"]) as (header, batches):
+        _check_present(layout, header, f"{store.uri}/{unit['key']}")
         for batch in batches:
             yield _clean(batch, unit["key"], layout)
 
@@ -409,6 +418,7 @@ def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.
     names = [*labels, *layout.kinds]
     start = 0
     with open_parquet(store, unit["key"]) as file:
+        _check_present(layout, file.schema_arrow.names, f"{store.uri}/{unit['key']}")
         for batch in file.iter_batches(BATCH_ROWS, columns=names):
             rows = list(range(start, start := start + batch.num_rows))
             columns = {name: plain(batch.column(name)) for name in names}

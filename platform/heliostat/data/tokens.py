@@ -36,6 +36,20 @@ class Vocabulary:
     token_bytes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Token:
+    """A token of a text; `is_mark` says that the model expects it, and that it is no text.
+
+    `start` and `end` are its place in the text, in characters.
+    """
+
+    id: int
+    name: str
+    start: int
+    end: int
+    is_mark: bool
+
+
 def learn_tokenizer(texts: Iterable[str], size: int) -> bytes:
     """A byte-level BPE of at most `size` tokens as tokenizer.json; equal texts, equal bytes."""
     tokenizer = Tokenizer(models.BPE())
@@ -153,6 +167,16 @@ def encode_texts(
         encoded = tokenizer.encode_batch_fast(part, add_special_tokens=length is not None)
         ids += [np.array(text.ids or [0], np.int32) for text in encoded]
     return ids
+
+
+def locate_tokens(tokenizer: Tokenizer, text: str, length: int) -> list[Token]:
+    """The tokens that `encode_texts` gives for one text, each with its place in the text."""
+    tokenizer.enable_truncation(length)
+    encoded = tokenizer.encode(text)
+    found = zip(
+        encoded.ids, encoded.tokens, encoded.offsets, encoded.special_tokens_mask, strict=True
+    )
+    return [Token(id, name, *place, bool(mark)) for id, name, place, mark in found]
 
 
 def pack(documents: Sequence[Ids], length: int, end: int) -> tuple[Ids, list[tuple[int, int]]]:

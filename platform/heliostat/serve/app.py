@@ -1,5 +1,7 @@
 """The HTTP application of a replica: a shelf of versions in, answers out, with or without Ray."""
 
+from collections.abc import Sequence
+
 from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -8,15 +10,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from heliostat.registry import Version
-from heliostat.serve import predict
+from heliostat.serve import explain, openapi, predict, v2
 from heliostat.serve.door import Door, Limits
 from heliostat.serve.gate import visit_of
 from heliostat.serve.identity import Identity
+from heliostat.serve.openapi import TEXT, Paths, a_list, an_object, operation
 from heliostat.serve.replies import ERROR_HANDLERS, reply
 from heliostat.serve.shelf import Shelf
 from heliostat.signature import Classes, NextToken, Numbers, output_from_json
 
-PROTOCOLS = (predict.list_routes,)
+PROTOCOLS = (predict.list_routes, explain.list_routes, v2.list_routes)
+PATHS = (predict.list_paths, explain.list_paths, v2.list_paths)
 
 
 def build_app(shelf: Shelf, limits: Limits) -> Starlette:
@@ -31,8 +35,15 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
         found = [describe(shelf.find(name)) for name in shelf.models if may_use(name)]
         return reply(to_json({"models": found}))
 
+    async def describe_api(request: Request) -> Response:
+        may_use = visit_of(request).may_use
+        versions = [shelf.find(name) for name in shelf.models if may_use(name)]
+        parts = (list_paths(versions) for list_paths in (list_own_paths, *PATHS))
+        return reply(to_json(openapi.render(parts)))
+
     routes = [
         Route("/healthz", healthz),
+        Route("/openapi.json", describe_api),
         Route("/v1/models", list_models),
         *(route for list_routes in PROTOCOLS for route in list_routes(shelf, door)),
     ]
@@ -51,3 +62,15 @@ def describe(version: Version) -> dict[str, object]:
         case NextToken():
             predicts = {"text": True}
     return {"name": version.name, "version": version.number, **predicts}
+
+
+def list_own_paths(versions: Sequence[Version]) -> Paths:
+    models = a_list({"type": "object", "required": ["name", "version"]})
+    health = operation("Whether the server runs", an_object(status=TEXT), name="health")
+    served = operation("What is served", an_object(models=models), name="list_models")
+    document = operation("This document", {"type": "object"}, name="describe_api")
+    return {
+        "/healthz": {"get": health},
+        "/openapi.json": {"get": document},
+        "/v1/models": {"get": served},
+    }

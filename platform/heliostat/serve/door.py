@@ -28,7 +28,7 @@ class Door:
     """Lets a request in while there is room, reads its body, and ends it when its time is over."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._room = Room(limits.max_requests)
 
     def guard(self, handle: Handler) -> Endpoint:
@@ -36,7 +36,7 @@ class Door:
 
         A response that is streamed is in time once it has begun, and leaves the room then.
         """
-        limits = self._limits
+        limits = self.limits
 
         async def endpoint(request: Request) -> Response:
             seconds = shorten(request.headers.get(TIMEOUT_HEADER), limits.request_timeout_s)
@@ -71,12 +71,15 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     Raises:
         Refusal: 413, the body has more than `max_bytes`.
     """
-    body = bytearray()
+    first, rest = b"", bytearray()  # most bodies come in one piece, which needs no copy
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
+        if first:
+            rest += chunk
+        else:
+            first = chunk
+        if len(first) + len(rest) > max_bytes:
             raise Refusal(413, f"the body has more than {max_bytes:,} bytes", "body")
-    return bytes(body)
+    return b"".join((first, rest)) if rest else first
 
 
 class Room:

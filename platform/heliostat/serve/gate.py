@@ -267,7 +267,7 @@ def render_record(visit: Visit, began: float, seconds: float) -> Record:
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with the one shape of errors; a websocket is refused before it is one."""
-    response = fail(refusal.status, refusal.message, refusal.field, refusal.headers)
+    response = fail(refusal.status, refusal.message, refusal.field, refusal.headers, scope["path"])
     if scope["type"] == "http" or "websocket.http.response" in scope.get("extensions", {}):
         await response(scope, receive, send)
     else:

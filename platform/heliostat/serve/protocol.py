@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
 from heliostat.data.features import (
     IMAGE,
@@ -19,6 +19,7 @@ from heliostat.data.features import (
 from heliostat.data.instances import MAX_SERVED_PIXELS, FieldError, parse_instances
 from heliostat.data.pixels import decode_image
 from heliostat.errors import HeliostatError
+from heliostat.serve.body import parse_json
 from heliostat.serve.replies import JSON_TYPE, Refusal
 from heliostat.signature import Classes, Numbers, Output
 
@@ -34,7 +35,7 @@ def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == JSON_TYPE:
-        return _parse_json(features, body)
+        return _parse_document(features, body)
     if not isinstance(features, ImageFeatures):
         raise Refusal(415, f"send {JSON_TYPE}")
     if kind not in IMAGE_TYPES:
@@ -59,12 +60,16 @@ def render_predictions(
     Raises:
         Refusal: 422, a row is so far from what training saw that the model overflows.
     """
-    finite = np.isfinite(values).all(axis=1)
-    if not finite.all():
-        field = f"instances[{finite.argmin()}]"
-        raise Refusal(422, f"{field} is too far outside the range of the training data", field)
+    check_finite(values, "instances")
     predictions = [_render_row(output, row) for row in values.tolist()]
     return to_json({"model": name, "version": version, "predictions": predictions})
+
+
+def check_finite(values: NDArray[np.float32], path: str) -> None:
+    """Raises Refusal: 422, a row of what stands at `path` makes the model overflow."""
+    if not np.isfinite(values).all():
+        field = f"{path}[{np.isfinite(values).all(axis=1).argmin()}]"
+        raise Refusal(422, f"{field} is too far outside the range of the training data", field)
 
 
 def _render_row(output: Output, row: list[float]) -> dict[str, Any]:
@@ -105,24 +110,33 @@ def zero_instance(features: Features) -> object:
     }
 
 
-def _parse_json(features: Features, body: bytes) -> Columns:
-    try:
-        document = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from error
-    try:
-        return parse_instances(features, _find_instances(document))
-    except FieldError as error:
-        raise Refusal(422, str(error), error.field) from error
+def _parse_document(features: Features, body: bytes) -> Columns:
+    instances, options = split_document(parse_json(body))
+    for key in options:
+        raise Refusal(422, f"{key:.80} is unknown, the body has only instances", key)
+    return parse_rows(features, instances)
 
 
-def _find_instances(document: Any) -> list[object]:
+def split_document(document: Any) -> tuple[object, dict[str, Any]]:
+    """The instances of a body, whatever they are, and what stands beside them.
+
+    Raises:
+        Refusal: 422, the body is not an object.
+    """
     if not isinstance(document, dict):
         raise Refusal(422, 'the body must be an object, {"instances": [...]}', "body")
-    for key in document:
-        if key != "instances":
-            raise FieldError(key, "is unknown, the body has only instances")
-    instances = document.get("instances")
-    if not isinstance(instances, list) or not 1 <= len(instances) <= MAX_INSTANCES:
-        raise FieldError("instances", f"must be a list of 1 to {MAX_INSTANCES} instances")
-    return instances
+    return document.get("instances"), {k: v for k, v in document.items() if k != "instances"}
+
+
+def parse_rows(features: Features, instances: object, most: int = MAX_INSTANCES) -> Columns:
+    """At most that many instances as columns.
+
+    Raises:
+        Refusal: 422, a value that the model cannot take, by its path.
+    """
+    try:
+        if not isinstance(instances, list) or not 1 <= len(instances) <= most:
+            raise FieldError("instances", f"must be a list of 1 to {most} instances")
+        return parse_instances(features, instances)
+    except FieldError as error:
+        raise Refusal(422, str(error), error.field) from error

@@ -56,39 +56,55 @@ def fail(
     message: str,
     field: str | None = None,
     headers: Mapping[str, str] | None = None,
+    path: str = "",
 ) -> Response:
+    """The answer to a request for `path` that failed."""
     request_id = find_request_id()
-    content = render_error(status, message, request_id, field)
+    content = render_error(status, message, request_id, field, is_flat(path))
     return Response(
         content, status, {**(headers or {}), REQUEST_ID: request_id}, media_type=JSON_TYPE
     )
 
 
-def render_error(status: int, message: str, request_id: str, field: str | None = None) -> bytes:
-    """The one shape of every error."""
+def is_flat(path: str) -> bool:
+    """Whether clients of `path`, those of the Open Inference Protocol, read `error` as a text."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+def render_error(
+    status: int, message: str, request_id: str, field: str | None = None, flat: bool = False
+) -> bytes:
+    """The one shape of every error; `flat` has the sentence as `error` and the rest beside it."""
     error = {
         "type": ERROR_TYPES[status],
         "message": message[:MAX_TEXT_CHARS],
         "field": field and field[:MAX_TEXT_CHARS],
         "request_id": request_id,
     }
+    if flat:
+        error["error"] = error.pop("message")
+        return to_json(error)
     return to_json({"error": error})
 
 
 async def on_refusal(request: Request, refusal: Refusal) -> Response:
-    return fail(refusal.status, refusal.message, refusal.field, refusal.headers)
+    return fail(
+        refusal.status, refusal.message, refusal.field, refusal.headers, request.scope["path"]
+    )
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    return fail(error.status_code, error.detail, headers=error.headers)
+    return fail(error.status_code, error.detail, headers=error.headers, path=request.scope["path"])
 
 
 async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    return fail(400, "the connection closed before the body was complete")
+    sentence = "the connection closed before the body was complete"
+    return fail(400, sentence, path=request.scope["path"])
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    response = fail(500, "the server failed, its log has the reason under this request id")
+    sentence = "the server failed, its log has the reason under this request id"
+    response = fail(500, sentence, path=request.scope["path"])
     logger.error("request %s failed", response.headers[REQUEST_ID], exc_info=error)
     return response
 

@@ -6,10 +6,10 @@ import re
 import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
@@ -53,6 +53,7 @@ __all__ = [
     "OptimizerSpec",
     "Positive",
     "PositiveFloat",
+    "PredictSpec",
     "RecsysSpec",
     "RnnSpec",
     "RopeScalingSpec",
@@ -88,6 +89,17 @@ class EvaluateSpec(Section):
     batch: Positive = 512
 
 
+class PredictSpec(Section):
+    """`source` holds the rows; of them the share `max_bad` may be such that cannot be used."""
+
+    source: str | None = None
+    format: Literal["auto", "images", "csv", "parquet"] = "auto"
+    version: Positive | None = None
+    batch: Positive = 512
+    workers: Positive = 2
+    max_bad: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.01
+
+
 class RunSpec(Section):
     """Everything a run needs, from the raw data to the HTTP endpoint."""
 
@@ -97,6 +109,7 @@ class RunSpec(Section):
     model: ModelSpec
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    predict: PredictSpec = PredictSpec()
     deploy: DeploySpec = DeploySpec()
 
     @field_validator("name")
