@@ -1,5 +1,7 @@
 """The HTTP application of a replica: a shelf of versions in, answers out, with or without Ray."""
 
+from datetime import datetime
+
 from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -7,13 +9,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from heliostat.registry import Version
-from heliostat.serve import predict
+from heliostat.serve import embeddings, openai, predict
 from heliostat.serve.door import Door, Limits
 from heliostat.serve.replies import ERROR_HANDLERS, reply
 from heliostat.serve.shelf import Shelf
 from heliostat.signature import Classes, NextToken, Numbers, output_from_json
 
-PROTOCOLS = (predict.list_routes,)
+PROTOCOLS = (predict.list_routes, openai.list_routes, embeddings.list_routes)
 
 
 def build_app(shelf: Shelf, limits: Limits) -> Starlette:
@@ -24,7 +26,17 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
         return reply(to_json({"status": "ok"}))
 
     async def list_models(request: Request) -> Response:
-        return reply(to_json({"models": [describe(shelf.find(name)) for name in shelf.models]}))
+        versions = [shelf.find(name) for name in shelf.models]
+        # The second list is the same to clients of OpenAI.
+        return reply(
+            to_json(
+                {
+                    "models": [describe(version) for version in versions],
+                    "object": "list",
+                    "data": [describe_briefly(version) for version in versions],
+                }
+            )
+        )
 
     routes = [
         Route("/healthz", healthz),
@@ -45,3 +57,8 @@ def describe(version: Version) -> dict[str, object]:
         case NextToken():
             predicts = {"text": True}
     return {"name": version.name, "version": version.number, **predicts}
+
+
+def describe_briefly(version: Version) -> dict[str, object]:
+    created = int(datetime.fromisoformat(version.created).timestamp())
+    return {"id": version.name, "object": "model", "created": created, "owned_by": "heliostat"}

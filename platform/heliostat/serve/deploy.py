@@ -21,9 +21,8 @@ from starlette.applications import Starlette
 
 from heliostat import registry
 from heliostat.archive import store_code
-from heliostat.data.features import features_from_json
 from heliostat.errors import HeliostatError
-from heliostat.serve.protocol import zero_instance
+from heliostat.signature import NextToken, output_from_json
 from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
 from heliostat.storage import Conflict, Missing, Store, connect
 
@@ -53,6 +52,8 @@ class Plan(Section):
     max_body_bytes: Positive
     max_requests: Positive
     request_timeout_s: float
+    max_streams: Positive
+    max_context: Positive | None
 
 
 class Replica:
@@ -64,6 +65,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Starlette:
         from heliostat.serve.app import build_app
         from heliostat.serve.door import Limits
+        from heliostat.serve.language import Room
         from heliostat.serve.shelf import Shelf, load
 
         plan, store = self.plan, connect(self.plan.root)
@@ -71,7 +73,8 @@ class Replica:
             name: [registry.resolve(store, f"{name}:{number}")]
             for name, number in plan.models.items()
         }
-        shelf = Shelf(models, partial(load, store), plan.max_model_bytes)
+        room = Room(plan.max_streams, plan.max_context, plan.max_requests)
+        shelf = Shelf(models, partial(load, store, room=room), plan.max_model_bytes)
         shelf.fill()
         limits = Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s)
         return build_app(shelf, limits)
@@ -139,7 +142,6 @@ def deploy(spec: RunSpec) -> str:
     name = spec.name
     version = registry.resolve(store, reference(name, spec.deploy.version))
     registry.load_weights(store, version)
-    zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = Serve()
     check_root(store, client.describe())
     place = partial(
@@ -159,7 +161,8 @@ def deploy(spec: RunSpec) -> str:
             raise HeliostatError(f"{version.ref} was not deployed, {rest}: {error}") from error
         print(f"{version.ref} was not deployed, {rest}", flush=True)
         raise
-    return f"{find_url(client)}/v1/models/{name}:predict"
+    continues = isinstance(output_from_json(version.output), NextToken)
+    return find_url(client) + ("/v1/completions" if continues else f"/v1/models/{name}:predict")
 
 
 def undo(store: Store, client: Serve, name: str, written: Table, before: Table) -> str:
@@ -268,6 +271,8 @@ def render_application(store: Store, table: Table) -> dict[str, Any]:
         max_body_bytes=math.ceil(deploy.max_body_mib * 2**20),
         max_requests=deploy.max_queued_requests,
         request_timeout_s=deploy.request_timeout_s,
+        max_streams=deploy.max_streams,
+        max_context=deploy.max_context,
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
     code = f"{root}/code/{table.code}.zip"

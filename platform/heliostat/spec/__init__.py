@@ -6,10 +6,10 @@ import re
 import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
@@ -89,7 +89,9 @@ class DeploySpec(Section):
     """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up.
 
     The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
-    it is asked for.
+    it is asked for. A language model continues `max_streams` texts at once, each of at most
+    `max_context` tokens with its prompt (None: the blocks it was trained on), and keeps memory for
+    all of them.
     """
 
     version: Positive | None = None
@@ -99,6 +101,8 @@ class DeploySpec(Section):
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30
+    max_streams: Positive = 32
+    max_context: Annotated[int, Field(ge=2, strict=True)] | None = None
 
 
 class RunSpec(Section):
