@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -224,9 +224,10 @@ def test_the_client_reads_errors(client: OpenAI) -> None:
 
 
 COMPLETION = "/v1/completions"
-HERE = Client(make_app(LANGUAGE))
+HERE = Client(make_app(LANGUAGE, Limits(200_000, 4, 5)))
+NO_COUNT: list[Any] = [-1, 0, 1.5, "5", 10**9, True, []]
 REFUSED: list[tuple[str, Any, str]] = [
-    *(("max_tokens", value, "max_tokens") for value in (-1, 0, 1.5, "5", 10**9, True, [])),
+    *(("max_tokens", value, "max_tokens") for value in NO_COUNT),
     *(("n", value, "n") for value in (0, 10**6, 1.0)),
     *(("temperature", value, "temperature") for value in (-1, 1e308, float("nan"), "1", True)),
     *(("top_k", value, "top_k") for value in (10**9, -2, 1.5)),
@@ -348,7 +349,7 @@ class Reader:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.body = json.dumps(document).encode()
-        self.sent: list[dict[str, Any]] = []
+        self.sent: list[MutableMapping[str, Any]] = []
         self.read, self.left, self.first = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.asked = False
 
@@ -359,7 +360,7 @@ class Reader:
         await self.left.wait()
         return {"type": "http.disconnect"}
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: MutableMapping[str, Any]) -> None:
         self.sent.append(message)
         if message["type"] == "http.response.body":
             self.first.set()

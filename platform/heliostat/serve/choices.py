@@ -8,6 +8,7 @@ from heliostat.serve.engine.ask import Ask
 from heliostat.serve.engine.engine import Made
 from heliostat.serve.engine.runner import Answer
 from heliostat.serve.engine.sampler import Token
+from heliostat.serve.engine.scheduler import Stream
 from heliostat.serve.engine.text import Spelling
 from heliostat.serve.language import Language
 
@@ -54,7 +55,7 @@ async def read_pieces(answer: Answer, choices: Sequence[Choice]) -> AsyncIterato
     Raises:
         Failed: the engine failed.
     """
-    numbers = {stream: number for number, stream in enumerate(answer.streams)}
+    numbers: dict[Stream, int] = {stream: i for i, stream in enumerate(answer.streams)}
     while any(choice.finish is None for choice in choices):
         together: dict[int, Piece] = {}
         for made in await answer.take():

@@ -94,5 +94,5 @@ def read_text(tokenizer: Any, text: str, length: int, field: str) -> NDArray[np.
 def write(vectors_ND: NDArray[np.float32], encoding: str) -> list[Any]:
     unit_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True).clip(1e-12)
     if encoding == "float":
-        return unit_ND.tolist()
+        return list(unit_ND.tolist())
     return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in unit_ND]

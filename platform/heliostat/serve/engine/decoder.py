@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from heliostat.models.gpt import Gpt, Layer, attend
@@ -49,8 +49,8 @@ class Decoder:
         with torch.inference_mode():
             self.head = network.embed.weight.shape[1] // self.heads
             self.embed_VD = network.embed.weight.float()
-            tied = network.head is None
-            self.head_DV = (self.embed_VD if tied else network.head.weight.float()).T
+            head = network.head
+            self.head_DV = (self.embed_VD if head is None else head.weight.float()).T
             self.norm = network.norm.weight.float()
             self.eps = network.norm.eps
             self.layers = [self._lay_out(layer) for layer in network.layers]
@@ -142,14 +142,15 @@ class Decoder:
 
     def _attend_prompt(self, qkv_TE: Tensor) -> Tensor:
         qkv_1RTC = qkv_TE.view(1, len(qkv_TE), -1, self.head).transpose(1, 2)
-        q, k, v = qkv_1RTC.split((self.heads, self.kv_heads, self.kv_heads), 1)
+        q, k, v = torch.split(qkv_1RTC, [self.heads, self.kv_heads, self.kv_heads], 1)
         return attend(q, k, v, None).transpose(1, 2).reshape(len(qkv_TE), -1)
 
-    def _lay_out(self, layer: Layer) -> Weights:
+    def _lay_out(self, layer: nn.Module) -> Weights:
         """Folded and transposed; the rows of queries and keys so that turned pairs are neighbours.
 
         A product of a query and a key does not change when both are permuted alike.
         """
+        assert isinstance(layer, Layer)
         rotated = (self.heads + self.kv_heads) * self.head
         qkv_ED = layer.attention.qkv.weight.float() * layer.attention_norm.weight.float()
         halves = qkv_ED[:rotated].view(-1, 2, self.head // 2, qkv_ED.shape[1])
