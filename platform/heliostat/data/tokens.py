@@ -28,12 +28,16 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is known of a tokenizer without it; `token_bytes` is the text's bytes per token id."""
+    """What is known of a tokenizer without it; `token_bytes` is the text's bytes per token id.
+
+    `chat_template` is a Jinja template, "" where there is none beside it.
+    """
 
     sha256: str
     size: int
     end: int
     token_bytes: tuple[int, ...]
+    chat_template: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def read_tokenizer(uri: str) -> tuple[bytes, dict[str, Any]]:
     for other in ("config.json", "tokenizer_config.json"):
         with suppress(Missing, ValueError):
             beside |= json.loads(store.read(other))
+    with suppress(Missing, ValueError):
+        beside["chat_template"] = store.read("chat_template.jinja").decode()
     try:
         return store.read(name), beside
     except Missing as error:
@@ -121,6 +127,7 @@ def describe_tokenizer(data: bytes, beside: dict[str, Any], origin: str) -> Voca
         size,
         _find_end(ids, beside, origin),
         _count_bytes(tokenizer, ids, size),
+        _find_template(beside),
     )
 
 
@@ -217,6 +224,16 @@ def _group(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def _key(digest: str) -> str:
     return f"blobs/{digest}"
+
+
+def _find_template(beside: dict[str, Any]) -> str:
+    """The template, one named "default" of several, with the beginning token that it may name."""
+    given = beside.get("chat_template") or ""
+    if isinstance(given, list):
+        given = next((one["template"] for one in given if one.get("name") == "default"), "")
+    begin = beside.get("bos_token")
+    begin = begin.get("content") if isinstance(begin, dict) else begin
+    return f"{{% set bos_token = {json.dumps(begin or '')} %}}{given}" if given else ""
 
 
 def _find_end(ids: dict[str, int], beside: dict[str, Any], origin: str) -> int:

@@ -31,6 +31,7 @@ from heliostat.evaluate.scores import (
     probabilities,
 )
 from heliostat.models import Task, build, task_of
+from heliostat.models.encoder import Encoder
 from heliostat.signature import Classes, Numbers, Output, Signature, output_from_json
 from heliostat.spec import ModelSpec
 from heliostat.storage import Store
@@ -93,6 +94,15 @@ def predict(predictor: Predictor, columns: Columns) -> npt.NDArray[np.float32]:
             return (outputs.double() * torch.tensor(std) + torch.tensor(mean)).float().numpy()
         case _:
             raise TypeError("a language model has no answer per row")
+
+
+@torch.inference_mode()
+def embed(predictor: Predictor, columns: Columns) -> npt.NDArray[np.float32]:
+    """Vectors (N, width) of the `tokens` of texts, of a network that is an encoder."""
+    assert isinstance(predictor.network, Encoder)
+    ids_NT, lengths_N = encode(predictor.features, dict(columns))
+    vectors_ND = predictor.network.embed(torch.from_numpy(ids_NT), torch.from_numpy(lengths_N))
+    return vectors_ND.float().numpy()
 
 
 def score(predictor: Predictor, batches: Iterable[Columns]) -> Scores:

@@ -1,6 +1,7 @@
 """The HTTP application of a replica: a shelf of versions in, answers out, with or without Ray."""
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from pydantic_core import to_json
 from starlette.applications import Starlette
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from heliostat.registry import Version
-from heliostat.serve import explain, openapi, predict, v2
+from heliostat.serve import embeddings, explain, openai, openapi, predict, v2
 from heliostat.serve.door import Door, Limits
 from heliostat.serve.gate import visit_of
 from heliostat.serve.identity import Identity
@@ -19,8 +20,20 @@ from heliostat.serve.replies import ERROR_HANDLERS, reply
 from heliostat.serve.shelf import Shelf
 from heliostat.signature import Classes, NextToken, Numbers, output_from_json
 
-PROTOCOLS = (predict.list_routes, explain.list_routes, v2.list_routes)
-PATHS = (predict.list_paths, explain.list_paths, v2.list_paths)
+PROTOCOLS = (
+    predict.list_routes,
+    explain.list_routes,
+    v2.list_routes,
+    openai.list_routes,
+    embeddings.list_routes,
+)
+PATHS = (
+    predict.list_paths,
+    explain.list_paths,
+    v2.list_paths,
+    openai.list_paths,
+    embeddings.list_paths,
+)
 
 
 def build_app(shelf: Shelf, limits: Limits) -> Starlette:
@@ -32,8 +45,13 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
 
     async def list_models(request: Request) -> Response:
         may_use = visit_of(request).may_use
-        found = [describe(shelf.find(name)) for name in shelf.models if may_use(name)]
-        return reply(to_json({"models": found}))
+        versions = [shelf.find(name) for name in shelf.models if may_use(name)]
+        listed = {
+            "models": [describe(version) for version in versions],
+            "object": "list",  # this and the next are the same to clients of OpenAI
+            "data": [describe_briefly(version) for version in versions],
+        }
+        return reply(to_json(listed))
 
     async def describe_api(request: Request) -> Response:
         may_use = visit_of(request).may_use
@@ -62,6 +80,11 @@ def describe(version: Version) -> dict[str, object]:
         case NextToken():
             predicts = {"text": True}
     return {"name": version.name, "version": version.number, **predicts}
+
+
+def describe_briefly(version: Version) -> dict[str, object]:
+    created = int(datetime.fromisoformat(version.created).timestamp())
+    return {"id": version.name, "object": "model", "created": created, "owned_by": "heliostat"}
 
 
 def list_own_paths(versions: Sequence[Version]) -> Paths:

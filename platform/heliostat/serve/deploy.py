@@ -9,7 +9,6 @@ from typing import Any
 
 from heliostat import registry
 from heliostat.archive import store_code
-from heliostat.data.features import features_from_json
 from heliostat.errors import HeliostatError
 from heliostat.serve.control import HTTP_OPTIONS, Serve, await_running, find_url
 from heliostat.serve.protocol import zero_instance
@@ -57,7 +56,6 @@ def deploy(store: Store, name: str, how: DeploySpec) -> str:
     """
     version = registry.resolve(store, reference(name, how.version))
     registry.load_weights(store, version)
-    zero_instance(features_from_json(version.features))  # refused here, not by every replica
     client = Serve()
     details = client.describe()
     check_root(store, details)

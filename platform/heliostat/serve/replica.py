@@ -26,6 +26,8 @@ class Plan(Section):
     max_body_bytes: Positive
     max_requests: Positive
     request_timeout_s: float
+    max_streams: Positive
+    max_context: Positive | None
     auth: bool
 
 
@@ -38,6 +40,7 @@ def build_api(plan: Plan) -> ASGIApp:
     """
     from heliostat.serve.app import build_app
     from heliostat.serve.door import Limits
+    from heliostat.serve.language import Room
     from heliostat.serve.shelf import Shelf, load
 
     store = connect(plan.root)
@@ -45,7 +48,9 @@ def build_api(plan: Plan) -> ASGIApp:
         name: [registry.resolve(store, f"{name}:{number}") for number in numbers]
         for name, numbers in plan.models.items()
     }
-    shelf = Shelf(models, partial(load, store, plan.max_latency_ms), plan.max_model_bytes)
+    room = Room(plan.max_streams, plan.max_context, plan.max_requests)
+    load_one = partial(load, store, room=room, max_latency_ms=plan.max_latency_ms)
+    shelf = Shelf(models, load_one, plan.max_model_bytes)
     shelf.fill()
     return build_app(shelf, Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s))
 

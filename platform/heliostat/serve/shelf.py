@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from pydantic_core import to_json
 
 from heliostat import examples
+from heliostat.data.features import BlockFeatures, features_from_json
+from heliostat.data.tokens import parse_tokenizer
 from heliostat.errors import HeliostatError
-from heliostat.evaluate import Predictor, load_predictor, predict
+from heliostat.evaluate import Predictor, embed, load_predictor, predict
 from heliostat.registry import Version
 from heliostat.serve.batcher import Batcher
+from heliostat.serve.language import Language, Room, load_language
 from heliostat.serve.protocol import parse_body, render_predictions, zero_instance
 from heliostat.serve.replies import JSON_TYPE, Refusal
 from heliostat.storage import Store
@@ -49,17 +52,33 @@ class Served:
     def batcher(self) -> Batcher:
         return Batcher(self.compute, COMPUTE_POOL)
 
+    @cached_property
+    def reader(self) -> Any:
+        """The tokenizer of a model of texts, which does not cut them as that of `predict` does."""
+        return parse_tokenizer(self.predictor.tokenizer.to_str().encode(), self.version.ref)
+
+    @cached_property
+    def embedder(self) -> Batcher:
+        return Batcher(partial(embed, self.predictor), COMPUTE_POOL)
+
     def compute(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         return predict(self.predictor, columns)
 
 
-def load(store: Store, max_latency_ms: float | None, version: Version) -> Served:
+Loaded = Served | Language
+
+
+def load(store: Store, version: Version, room: Room, max_latency_ms: float | None = None) -> Loaded:
     """Load a version and let it answer a row of zeros and its examples.
+
+    `room` is for what continues texts.
 
     Raises:
         HeliostatError: its weights are missing or damaged, it does not answer, otherwise than it
             did when it was published, or takes longer for a row than `max_latency_ms`.
     """
+    if isinstance(features_from_json(version.features), BlockFeatures):
+        return load_language(store, version, room, COMPUTE_POOL)
     served = Served(version, load_predictor(store, version))
     features, output = served.predictor.features, served.predictor.output
     body = to_json({"instances": [zero_instance(features)]})
@@ -88,14 +107,14 @@ class Shelf:
     def __init__(
         self,
         models: Mapping[str, Sequence[Version]],
-        load: Callable[[Version], Served],
+        load: Callable[[Version], Loaded],
         max_bytes: int,
         pool: Executor = LOAD_POOL,
     ) -> None:
         self.models = models
         self._load, self._max_bytes, self._pool = load, max_bytes, pool
-        self._loaded: OrderedDict[str, Served] = OrderedDict()
-        self._loading: dict[str, asyncio.Future[Served]] = {}
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._loading: dict[str, asyncio.Future[Loaded]] = {}
 
     @property
     def loaded(self) -> list[str]:
@@ -119,11 +138,29 @@ class Shelf:
         return sum(served.size for served in self._loaded.values())
 
     async def get(self, name: str, number: int | None = None) -> Served:
-        """The version, loaded now if it is not there; all who ask meanwhile wait for one load.
+        """A version that answers rows, loaded now if it is not there.
 
         Raises:
-            Refusal: 404, it is not among those that are served; 503, it cannot be loaded.
+            Refusal: 404, it is not among those that are served; 422, it continues texts; 503, it
+                cannot be loaded.
         """
+        loaded = await self._get(name, number)
+        if isinstance(loaded, Served):
+            return loaded
+        message = f"{loaded.version.ref} continues texts: ask /v1/completions"
+        raise Refusal(422, message, "model")
+
+    async def get_language(self, name: str, number: int | None = None) -> Language:
+        """A version that continues texts, else as `get`."""
+        loaded = await self._get(name, number)
+        if isinstance(loaded, Language):
+            return loaded
+        ref = loaded.version
+        message = f"{ref.ref} does not continue texts: ask /v1/models/{ref.name}:predict"
+        raise Refusal(422, message, "model")
+
+    async def _get(self, name: str, number: int | None) -> Loaded:
+        """All who ask while it is loaded wait for one load."""
         version = self.find(name, number)
         ref = version.ref
         if ref in self._loaded:
@@ -140,7 +177,7 @@ class Shelf:
                 return version
         raise Refusal(404, "there is no such model")
 
-    async def _fetch(self, version: Version) -> Served:
+    async def _fetch(self, version: Version) -> Loaded:
         loop = asyncio.get_running_loop()
         try:
             served = await loop.run_in_executor(self._pool, self._read, version)
@@ -152,14 +189,14 @@ class Shelf:
         self._keep(served)
         return served
 
-    def _read(self, version: Version) -> Served:
+    def _read(self, version: Version) -> Loaded:
         began = time.perf_counter()
         served = self._load(version)
         seconds = time.perf_counter() - began
         logger.info("%s loaded: %.1f MiB in %.2f s", version.ref, served.size / MIB, seconds)
         return served
 
-    def _keep(self, served: Served) -> None:
+    def _keep(self, served: Loaded) -> None:
         self._loaded[served.version.ref] = served
         while self.size > self._max_bytes and len(self._loaded) > 1:
             ref, dropped = self._loaded.popitem(last=False)

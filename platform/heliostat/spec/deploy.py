@@ -1,6 +1,6 @@
 """The deploy section: which version answers, on how much, within which bounds."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictBool, model_validator
 
@@ -34,7 +34,9 @@ class DeploySpec(Section):
     The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
     it is asked for. `keep_previous` versions of each model stay served by their number. Replicas
     from a fewest to a most, `[0, 4]`, follow the requests that wait: `target_requests` a replica.
-    With `auth` only those with an API key are answered, the same for all models.
+    A language model continues `max_streams` texts at once, each of at most `max_context` tokens
+    with its prompt (None: the blocks it was trained on), and keeps memory for all of them. With
+    `auth` only those with an API key are answered, the same for all models.
     """
 
     version: Positive | None = None
@@ -49,6 +51,8 @@ class DeploySpec(Section):
     max_body_mib: PositiveFloat = 8
     max_queued_requests: Positive = 256
     request_timeout_s: PositiveFloat = 30
+    max_streams: Positive = 32
+    max_context: Annotated[int, Field(ge=2, strict=True)] | None = None
     auth: StrictBool = True
 
     @model_validator(mode="after")

@@ -1,0 +1,75 @@
+"""Continuous batching, a step at a time: streams come and go between two steps."""
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from heliostat.serve.engine.ask import Ask
+from heliostat.serve.engine.decoder import Decoder
+from heliostat.serve.engine.sampler import Token, choose
+from heliostat.serve.engine.scheduler import Move, Scheduler, Stream
+
+
+class Made(NamedTuple):
+    """The next token of a stream; `finish` is why it is the last one."""
+
+    stream: Stream
+    token: Token
+    finish: str | None
+
+
+class Engine:
+    """One thread steps; others may submit streams, and let them leave, at any time."""
+
+    def __init__(self, decoder: Decoder, scheduler: Scheduler) -> None:
+        self.decoder, self.scheduler = decoder, scheduler
+        self._lock = threading.Lock()  # of the queue of those that wait
+        self._has_read = False
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    def submit(self, streams: Sequence[Stream]) -> None:
+        """Raises Full: too many wait already."""
+        with self._lock:
+            self.scheduler.submit(streams)
+
+    def step(self) -> list[Made]:
+        """Read the prompts that begin, or give a token to each stream that runs: in turns."""
+        with self._lock:
+            self._move(self.scheduler.sweep())
+            begun = [] if self._has_read else self.scheduler.admit()
+        self._has_read = bool(begun)
+        running = begun or self.scheduler.running.copy()
+        if not running:
+            return []
+        if begun:
+            first = len(self.scheduler.running) - len(begun)
+            logits_NV = self.decoder.prefill(first, [stream.ask.prompt for stream in begun])
+        else:
+            tokens = [stream.made[-1] for stream in running]
+            logits_NV = self.decoder.decode(tokens, [stream.cached for stream in running])
+        made = []
+        for stream, token in zip(running, choose(logits_NV, running), strict=True):
+            stream.made.append(token.id)
+            made.append(Made(stream, token, stream.finish))
+        self._move(self.scheduler.end([one.stream for one in made if one.finish]))
+        return made
+
+    def clear(self) -> list[Stream]:
+        """Forget all streams, after a step that failed; returns who they were."""
+        with self._lock:
+            return self.scheduler.clear()
+
+    def generate(self, asks: Sequence[Ask]) -> list[list[int]]:
+        """The tokens of each ask, in this thread, until all have ended."""
+        streams = [Stream(ask) for ask in asks]
+        self.submit(streams)
+        while not all(stream.finish for stream in streams):
+            self.step()
+        return [stream.made for stream in streams]
+
+    def _move(self, moves: Iterable[Move]) -> None:
+        for move in moves:
+            self.decoder.move(*move)

@@ -1,0 +1,142 @@
+"""The engine beside an event loop: steps in a thread, tokens to whoever awaits them."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from heliostat.serve.engine.ask import Ask
+from heliostat.serve.engine.engine import Engine, Made
+from heliostat.serve.engine.scheduler import Stream
+
+logger = logging.getLogger(__name__)
+
+
+class Failed(Exception):
+    """The engine failed in the middle of an answer; its log has the reason."""
+
+
+@dataclass(eq=False)
+class Heard(Stream):
+    """A stream of an answer; `number` is its place among the asks."""
+
+    answer: "Answer"
+    number: int
+
+
+class Answer:
+    """What is made of the asks of one request; leaving the `with` block ends what still runs."""
+
+    def __init__(self, asks: Sequence[Ask]) -> None:
+        self.streams = [Heard(ask, answer=self, number=i) for i, ask in enumerate(asks)]
+        self._made: list[Made] = []
+        self._open, self._failed = len(asks), False
+        self._news: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> "Answer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        for stream in self.streams:
+            stream.left = True
+
+    async def wait(self) -> None:
+        """Until there is something to take.
+
+        Raises:
+            Failed: there will be no more.
+        """
+        if self._open and not self._made and not self._failed:
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
+        if self._failed:
+            raise Failed
+
+    async def take(self) -> list[Made]:
+        """All that was made since the last call, at least one; [] when every stream has ended.
+
+        Raises:
+            Failed: there will be no more.
+        """
+        await self.wait()
+        made, self._made = self._made, []
+        return made
+
+    def add(self, made: Made) -> None:
+        self._made.append(made)
+        self._open -= made.finish is not None
+        self._tell()
+
+    def fail(self) -> None:
+        self._failed = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._news and not self._news.done():
+            self._news.set_result(None)
+
+
+class Runner:
+    """Steps the engine in `pool` while there is work; between two steps the pool is others'."""
+
+    def __init__(self, engine: Engine, pool: Executor) -> None:
+        self.engine = engine
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._stepping = False
+
+    def start(self, asks: Sequence[Ask]) -> Answer:
+        """Begin to answer; called in the event loop that will await the answer.
+
+        Raises:
+            Full: too many wait already.
+        """
+        answer = Answer(asks)
+        self._loop = asyncio.get_running_loop()
+        self.engine.submit(answer.streams)
+        with self._lock:
+            starts, self._stepping = not self._stepping, True
+        if starts:
+            self._pool.submit(self._step)
+        return answer
+
+    def _step(self) -> None:
+        try:
+            self._call(_deliver, self.engine.step())
+        except Exception:
+            logger.exception("the engine failed")
+            self._call(_fail, self.engine.clear())
+        with self._lock:
+            self._stepping = not self.engine.idle
+        if self._stepping:
+            self._pool.submit(self._step)
+
+    def _call(self, function: Callable[[Any], None], value: Any) -> None:
+        if value:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(function, value)
+
+
+def _deliver(made: Sequence[Made]) -> None:
+    for one in made:
+        if isinstance(one.stream, Heard) and not one.stream.left:
+            one.stream.answer.add(one)
+
+
+def _fail(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        if isinstance(stream, Heard):
+            stream.answer.fail()

@@ -1,0 +1,58 @@
+"""Tokens to text as they come: whole characters, and nothing of what a stop string may begin."""
+
+from collections.abc import Sequence
+from typing import Any
+
+UNFINISHED = "\ufffd"  # what the bytes of a part of a character are decoded to
+CONTEXT_TOKENS = 6  # of the prompt: a tokenizer may decode a first token in another way
+
+
+class Spelling:
+    """The text of one stream; `stopped` once it has one of the `stops`, which is left out."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._window = list(prompt[-CONTEXT_TOKENS:])
+        self._told = self._decode()
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that is certain now."""
+        self._window.append(token)
+        text = self._decode()
+        if text.endswith(UNFINISHED):
+            return ""
+        new = text[len(self._told) :]
+        self._window = self._window[-CONTEXT_TOKENS:]
+        self._told = self._decode()
+        return self._cut(new)
+
+    def finish(self) -> str:
+        """The rest of the text: there is no further token."""
+        rest = self._cut(self._decode()[len(self._told) :])
+        return rest if self.stopped else rest + self._held
+
+    def _cut(self, new: str) -> str:
+        """What of the text so far comes before a stop, or before what may become one."""
+        if not self._stops:
+            return new
+        text = self._held + new
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _decode(self) -> str:
+        decoded: str = self._tokenizer.decode(self._window)
+        return decoded
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

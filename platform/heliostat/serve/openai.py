@@ -1,0 +1,199 @@
+"""OpenAI's completions and chats over the language models of a shelf, whole or streamed."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from heliostat.serve.asking import Chat, Completion, make_asks, parse
+from heliostat.serve.choices import Choice, Piece, count_usage, read_pieces
+from heliostat.serve.door import Door
+from heliostat.serve.engine.runner import Answer, Failed
+from heliostat.serve.engine.sampler import Token
+from heliostat.serve.engine.scheduler import Full
+from heliostat.serve.events import EventStream, to_event, while_connected
+from heliostat.serve.language import Language
+from heliostat.serve.replies import Refusal, make_request_id, render_error, reply
+from heliostat.serve.shelf import Shelf
+
+DONE = b"data: [DONE]\n\n"
+
+Document = dict[str, Any]
+Tell = Callable[[Language, tuple[Token, ...]], Document]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How an answer is written: its body, its kinds, and a choice in it, whole or a piece."""
+
+    body: type[Completion] | type[Chat]
+    prefix: str
+    whole_object: str
+    piece_object: str
+    write_whole: Callable[[str], Document]
+    write_piece: Callable[[str, bool], Document]  # the text, and whether it is the first
+    tell: Tell
+
+
+def tell_completion(language: Language, tokens: tuple[Token, ...]) -> Document:
+    """Log probabilities as completions have them: columns, the alternatives by their text."""
+    return {
+        "tokens": [language.spell(token.id) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [
+            {language.spell(id): logprob for id, logprob in token.top} for token in tokens
+        ],
+        "text_offset": [],
+    }
+
+
+def tell_chat(language: Language, tokens: tuple[Token, ...]) -> Document:
+    """Log probabilities as chats have them: rows."""
+
+    def describe(id: int, logprob: float | None) -> Document:
+        text = language.spell(id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            describe(token.id, token.logprob)
+            | {"top_logprobs": [describe(id, logprob) for id, logprob in token.top]}
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def write_delta(text: str, first: bool) -> Document:
+    return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
+
+
+COMPLETIONS = Dialect(
+    Completion,
+    "cmpl-",
+    "text_completion",
+    "text_completion",
+    lambda text: {"text": text},
+    lambda text, first: {"text": text},
+    tell_completion,
+)
+CHATS = Dialect(
+    Chat,
+    "chatcmpl-",
+    "chat.completion",
+    "chat.completion.chunk",
+    lambda text: {"message": {"role": "assistant", "content": text}},
+    write_delta,
+    tell_chat,
+)
+PATHS = {"/v1/completions": COMPLETIONS, "/v1/chat/completions": CHATS}
+
+
+def list_routes(shelf: Shelf, door: Door) -> list[Route]:
+    def serve(dialect: Dialect) -> Callable[[Request, bytes], Any]:
+        async def generate(request: Request, body: bytes) -> Response:
+            asked = parse(dialect.body, request.headers.get("content-type", ""), body)
+            language = await shelf.get_language(*read_model(asked.model))
+            prompts = asked.read_prompts(language)
+            asks = make_asks(asked, prompts, language)
+            stops = asked.find_stops(language)
+            choices = [Choice(i, ask, language, stops) for i, ask in enumerate(asks)]
+            answer = start(language, choices)
+            writing = Writing(dialect, language, answer, choices, len(prompts))
+            if not asked.stream:
+                with answer:
+                    return reply(await while_connected(request, writing.write_whole()))
+            try:  # the stream begins with its first token: until then there can be an error
+                await while_connected(request, answer.wait())
+            except BaseException:
+                answer.leave()
+                raise
+            return EventStream(writing.write_events(asked.with_usage))
+
+        return generate
+
+    return [
+        Route(path, door.guard(serve(dialect)), methods=["POST"]) for path, dialect in PATHS.items()
+    ]
+
+
+def read_model(model: str) -> tuple[str, int | None]:
+    """`name`, or `name:3` for one version of it."""
+    name, _, number = model.partition(":")
+    return name, int(number) if number.isdecimal() and len(number) < 10 else None
+
+
+def start(language: Language, choices: list[Choice]) -> Answer:
+    """Raises Refusal: 429, too many wait."""
+    try:
+        return language.runner.start([choice.ask for choice in choices])
+    except Full as error:
+        waiting = language.runner.engine.scheduler.max_waiting
+        message = f"{waiting} texts wait for {language.version.ref} already, retry later"
+        raise Refusal(429, message) from error
+
+
+class Writing:
+    """One answer in one dialect."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        language: Language,
+        answer: Answer,
+        choices: list[Choice],
+        prompts: int,
+    ) -> None:
+        self._dialect, self._language = dialect, language
+        self._answer, self._choices, self._prompts = answer, choices, prompts
+        self._head = {
+            "id": dialect.prefix + secrets.token_hex(16),
+            "created": int(time.time()),
+            "model": language.version.name,
+        }
+
+    async def write_whole(self) -> bytes:
+        async for _ in read_pieces(self._answer, self._choices):
+            pass
+        write = self._dialect.write_whole
+        choices = [
+            self._describe(choice.number, tuple(choice.tokens), choice.finish) | write(choice.text)
+            for choice in self._choices
+        ]
+        usage = count_usage(self._choices, self._prompts)
+        whole = {"object": self._dialect.whole_object, "choices": choices, "usage": usage}
+        return to_json(self._head | whole)
+
+    async def write_events(self, with_usage: bool) -> AsyncGenerator[bytes, None]:
+        head = self._head | {"object": self._dialect.piece_object}
+        if with_usage:
+            head["usage"] = None
+        begun = set[int]()
+        with self._answer:
+            try:
+                async for piece in read_pieces(self._answer, self._choices):
+                    yield to_event(head | {"choices": [self._write(piece, begun)]})
+            except Failed:
+                message = "the server failed, its log has the reason"
+                yield b"data: " + render_error(500, message, make_request_id()) + b"\n\n"
+                return
+        if with_usage:
+            usage = count_usage(self._choices, self._prompts)
+            yield to_event(head | {"choices": [], "usage": usage})
+        yield DONE
+
+    def _write(self, piece: Piece, begun: set[int]) -> Document:
+        first = piece.choice not in begun
+        begun.add(piece.choice)
+        text = self._dialect.write_piece(piece.text, first)
+        return self._describe(piece.choice, piece.tokens, piece.finish) | text
+
+    def _describe(self, number: int, tokens: tuple[Token, ...], finish: str | None) -> Document:
+        logprobs = self._dialect.tell(self._language, tokens) if tokens else None
+        return {"index": number, "logprobs": logprobs, "finish_reason": finish}

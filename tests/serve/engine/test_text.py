@@ -1,0 +1,52 @@
+"""Pieces of text: together they are the text, and a stop string is never seen, not even begun."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heliostat.data.tokens import parse_tokenizer
+from heliostat.serve.engine.text import Spelling
+from writing import TOKENIZER, VOCAB
+
+TOKENS = parse_tokenizer(TOKENIZER, "the tests")
+PROMPT = tuple(TOKENS.encode("a field of").ids)
+texts = st.text(alphabet="ab ☀éx", max_size=40)
+
+
+def spell(text: str, stops: tuple[str, ...]) -> tuple[list[str], bool]:
+    spelling = Spelling(TOKENS, PROMPT, stops)
+    pieces = []
+    for token in TOKENS.encode(text).ids:
+        pieces.append(spelling.add(token))
+        if spelling.stopped:
+            return pieces, True
+    pieces.append(spelling.finish())
+    return pieces, spelling.stopped
+
+
+@given(text=texts)
+def test_the_pieces_are_the_text(text: str) -> None:
+    pieces, stopped = spell(text, ())
+    assert "".join(pieces) == text
+    assert not stopped
+
+
+@given(ids=st.lists(st.integers(1, VOCAB - 1), max_size=20))
+def test_any_tokens_are_spelled_as_the_tokenizer_does(ids: list[int]) -> None:
+    spelling = Spelling(TOKENS, PROMPT)
+    pieces = [spelling.add(token) for token in ids] + [spelling.finish()]
+    whole = TOKENS.decode([*PROMPT, *ids])[len("a field of") :]
+    assert "".join(pieces) == whole
+
+
+@given(text=texts, stops=st.lists(st.text(alphabet="ab ☀é", min_size=1, max_size=4), max_size=3))
+def test_the_text_ends_before_the_first_stop(text: str, stops: list[str]) -> None:
+    pieces, stopped = spell(text, tuple(stops))
+    found = [text.find(stop) for stop in stops if stop in text]
+    assert stopped == bool(found)
+    said = "".join(pieces)
+    if not stopped:
+        assert said == text
+    else:
+        assert text.startswith(said)
+        assert not any(stop in said for stop in stops)
+        assert any(text[len(said) :].startswith(stop) for stop in stops)

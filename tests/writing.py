@@ -1,0 +1,102 @@
+"""Small language models with their tokenizer, as the engine and the protocol serve them."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from heliostat.data.features import BlockFeatures, features_to_json
+from heliostat.data.tokens import END, describe_tokenizer, learn_tokenizer, parse_tokenizer
+from heliostat.models import build
+from heliostat.models.gpt import Gpt
+from heliostat.registry import Version
+from heliostat.serve.engine.decoder import Decoder
+from heliostat.serve.engine.engine import Engine
+from heliostat.serve.engine.runner import Runner
+from heliostat.serve.engine.scheduler import Scheduler
+from heliostat.serve.language import Language, find_chat
+from heliostat.signature import Blocks, NextToken, Signature, output_to_json
+from heliostat.spec import GptSpec, RopeScalingSpec
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TEXTS = ["a field of mirrors turns many rays to one tower", "rays, mirrors, tower; à l'été ☀"] * 4
+TOKENIZER = learn_tokenizer(TEXTS, 300)
+VOCABULARY = describe_tokenizer(TOKENIZER, {}, END)
+VOCAB, LENGTH = VOCABULARY.size, 48
+BLOCKS = Blocks(LENGTH, VOCAB, VOCABULARY.end)
+SPECS = {
+    "tied": GptSpec(kind="gpt", layers=2, width=48, heads=4),
+    "grouped, untied": GptSpec(
+        kind="gpt", layers=2, width=60, heads=6, kv_heads=2, ffn=70, tied=False, norm_eps=1e-3
+    ),
+    "stretched": GptSpec(
+        kind="gpt",
+        layers=1,
+        width=42,
+        heads=3,
+        kv_heads=1,
+        rope_theta=500_000.0,
+        rope_scaling=RopeScalingSpec(factor=8.0, original_positions=16),
+    ),
+}
+
+
+def build_loud(spec: GptSpec) -> Gpt:
+    """A network with weights so large that its choices are far apart."""
+    torch.manual_seed(0)
+    network = build(spec, Signature(BLOCKS, NextToken())).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 2 else 1.0)
+    assert isinstance(network, Gpt)
+    return network
+
+
+NETWORKS = {name: build_loud(spec) for name, spec in SPECS.items()}
+
+
+def make_engine(
+    name: str = "tied", slots: int = 4, context: int = LENGTH, max_waiting: int = 64
+) -> Engine:
+    decoder = Decoder(NETWORKS[name], slots, context)
+    return Engine(decoder, Scheduler(slots, context, max_waiting))
+
+
+def make_language(
+    name: str = "tied", slots: int = 4, max_waiting: int = 64, chat_template: str = ""
+) -> Language:
+    features = BlockFeatures(
+        LENGTH,
+        VOCAB,
+        VOCABULARY.end,
+        VOCABULARY.sha256,
+        VOCABULARY.token_bytes,
+        chat_template,
+    )
+    version = Version(
+        name="rays",
+        number=2,
+        created="2026-01-01T00:00:00+00:00",
+        output=output_to_json(NextToken()),
+        features=features_to_json(features),
+        spec={},
+        data_name="rays",
+        data_version="0" * 16,
+        run="run",
+        step=1,
+        code="",
+        metrics={},
+        weights_sha256="0" * 64,
+        weights_bytes=0,
+    )
+    tokenizer = parse_tokenizer(TOKENIZER, "the tests")
+    return Language(
+        version,
+        Runner(make_engine(name, slots, LENGTH, max_waiting), ThreadPoolExecutor(1)),
+        tokenizer,
+        VOCABULARY.end,
+        VOCAB,
+        max(VOCABULARY.token_bytes),
+        find_chat(features, tokenizer),
+    )
