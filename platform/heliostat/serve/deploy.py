@@ -11,7 +11,6 @@ from heliostat import registry
 from heliostat.archive import store_code
 from heliostat.errors import HeliostatError
 from heliostat.serve.control import HTTP_OPTIONS, Serve, await_running, find_url
-from heliostat.serve.protocol import zero_instance
 from heliostat.serve.replica import (
     Contender,
     Plan,
@@ -33,6 +32,7 @@ from heliostat.serve.table import (
     take_back,
     withdraw,
 )
+from heliostat.signature import NextToken, output_from_json
 from heliostat.spec import DeploySpec, reference
 from heliostat.storage import Store
 
@@ -63,7 +63,7 @@ def deploy(store: Store, name: str, how: DeploySpec) -> str:
     if how.candidate:
         return _try_out(store, client, version, how)
     _take_over(store, client, version, how)
-    return f"{find_url(client)}/v1/models/{name}:predict"
+    return _find_route(client, version)
 
 
 def rollback(store: Store, name: str) -> str:
@@ -133,9 +133,15 @@ def _try_out(store: Store, client: Serve, version: registry.Version, how: Deploy
     print(said, flush=True)
     if terms.mode == "shadow":
         _change(store, client, name, leave, version.ref)
-        return f"{find_url(client)}/v1/models/{name}:predict"
+        return _find_route(client, version)
     _take_over(store, client, version, how)
-    return f"{find_url(client)}/v1/models/{name}:predict"
+    return _find_route(client, version)
+
+
+def _find_route(client: Serve, version: registry.Version) -> str:
+    continues = isinstance(output_from_json(version.output), NextToken)
+    route = "/v1/completions" if continues else f"/v1/models/{version.name}:predict"
+    return find_url(client) + route
 
 
 def _change(
@@ -301,6 +307,8 @@ def _application(
         max_body_bytes=math.ceil(deploy.max_body_mib * 2**20),
         max_requests=deploy.max_queued_requests,
         request_timeout_s=deploy.request_timeout_s,
+        max_streams=deploy.max_streams,
+        max_context=deploy.max_context,
         auth=deploy.auth,
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()

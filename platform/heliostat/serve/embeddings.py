@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,10 +15,13 @@ from starlette.routing import Route
 
 from heliostat.data.features import TOKENS, TextFeatures
 from heliostat.models.encoder import Encoder
+from heliostat.registry import Version
 from heliostat.serve.asking import parse
 from heliostat.serve.door import Door
+from heliostat.serve.gate import visit_of
 from heliostat.serve.openai import read_model
-from heliostat.serve.replies import Refusal, reply
+from heliostat.serve.openapi import ANYTHING, TEXT, Paths, a_list, an_object, json_body, operation
+from heliostat.serve.replies import JSON_TYPE, Refusal, reply
 from heliostat.serve.shelf import COMPUTE_POOL, Served, Shelf
 from heliostat.spec import Section
 
@@ -39,12 +43,16 @@ class Embedding(Section):
 def list_routes(shelf: Shelf, door: Door) -> list[Route]:
     async def embed(request: Request, body: bytes) -> Response:
         asked = parse(Embedding, request.headers.get("content-type", ""), body)
-        served = await shelf.get(*read_model(asked.model))
+        visit, (name, number) = visit_of(request), read_model(asked.model)
+        visit.enter(name)
+        served = await shelf.get(name, number)
+        visit.version = served.version.number
         loop = asyncio.get_running_loop()
         tokens = await loop.run_in_executor(COMPUTE_POOL, read_texts, served, asked.texts)
         columns = {TOKENS: np.fromiter(tokens, dtype=object, count=len(tokens))}
         vectors = await served.embedder.run(columns, len(tokens))
         used = sum(map(len, tokens))
+        visit.count(rows=len(tokens), tokens_in=used)
         return reply(
             to_json(
                 {
@@ -60,6 +68,18 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
         )
 
     return [Route("/v1/embeddings", door.guard(embed), methods=["POST"])]
+
+
+def list_paths(versions: Sequence[Version]) -> Paths:
+    names = [one.name for one in versions if one.spec.get("model", {}).get("kind") == "encoder"]
+    examples = {name: {"model": name, "input": "Hello"} for name in names}
+    post = operation(
+        "A vector of unit length for each text",
+        an_object(object=TEXT, model=TEXT, data=a_list(ANYTHING), usage=ANYTHING),
+        name="embeddings",
+        body={JSON_TYPE: json_body(Embedding.model_json_schema(), examples)},
+    )
+    return {"/v1/embeddings": {"post": post}}
 
 
 def read_texts(served: Served, texts: tuple[str, ...]) -> list[NDArray[np.int32]]:

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from heliostat.serve.replies import REQUEST_ID, make_request_id
+from heliostat.serve.identity import REQUEST_ID, find_request_id
 
 PATIENCE_S = 30.0
 
@@ -29,7 +29,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], patience_s: float = PATIENCE_S) -> None:
-        super().__init__(headers={"cache-control": "no-cache", REQUEST_ID: make_request_id()})
+        super().__init__(headers={"cache-control": "no-cache", REQUEST_ID: find_request_id()})
         del self.headers["content-length"]
         self._events, self._patience_s = events, patience_s
 

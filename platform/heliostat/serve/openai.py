@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from heliostat.registry import Version
 from heliostat.serve.asking import Chat, Completion, make_asks, parse
 from heliostat.serve.choices import Choice, Piece, count_usage, read_pieces
 from heliostat.serve.door import Door
@@ -18,9 +19,22 @@ from heliostat.serve.engine.runner import Answer, Failed
 from heliostat.serve.engine.sampler import Token
 from heliostat.serve.engine.scheduler import Full
 from heliostat.serve.events import EventStream, to_event, while_connected
+from heliostat.serve.gate import Visit, visit_of
+from heliostat.serve.identity import find_request_id
 from heliostat.serve.language import Language
-from heliostat.serve.replies import Refusal, make_request_id, render_error, reply
+from heliostat.serve.openapi import (
+    ANYTHING,
+    TEXT,
+    WHOLE,
+    Paths,
+    a_list,
+    an_object,
+    json_body,
+    operation,
+)
+from heliostat.serve.replies import JSON_TYPE, Refusal, render_error, reply
 from heliostat.serve.shelf import Shelf
+from heliostat.signature import NextToken, output_from_json
 
 DONE = b"data: [DONE]\n\n"
 
@@ -99,13 +113,16 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
     def serve(dialect: Dialect) -> Callable[[Request, bytes], Any]:
         async def generate(request: Request, body: bytes) -> Response:
             asked = parse(dialect.body, request.headers.get("content-type", ""), body)
-            language = await shelf.get_language(*read_model(asked.model))
+            visit, (name, number) = visit_of(request), read_model(asked.model)
+            visit.enter(name)
+            language = await shelf.get_language(name, number)
+            visit.version = language.version.number
             prompts = asked.read_prompts(language)
             asks = make_asks(asked, prompts, language)
             stops = asked.find_stops(language)
             choices = [Choice(i, ask, language, stops) for i, ask in enumerate(asks)]
             answer = start(language, choices)
-            writing = Writing(dialect, language, answer, choices, len(prompts))
+            writing = Writing(dialect, language, answer, choices, len(prompts), visit)
             if not asked.stream:
                 with answer:
                     return reply(await while_connected(request, writing.write_whole()))
@@ -121,6 +138,35 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
     return [
         Route(path, door.guard(serve(dialect)), methods=["POST"]) for path, dialect in PATHS.items()
     ]
+
+
+def list_paths(versions: Sequence[Version]) -> Paths:
+    names = [
+        version.name
+        for version in versions
+        if isinstance(output_from_json(version.output), NextToken)
+    ]
+    examples = {
+        "/v1/completions": {"prompt": "Once", "max_tokens": 4},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+    }
+    answer = an_object(id=TEXT, object=TEXT, created=WHOLE, model=TEXT, choices=a_list(ANYTHING))
+    return {
+        path: {
+            "post": operation(
+                "A continuation of a text, or of a chat; with `stream` as server-sent events",
+                answer,
+                name=dialect.whole_object.replace(".", "_"),
+                body={
+                    JSON_TYPE: json_body(
+                        dialect.body.model_json_schema(),
+                        {name: {"model": name, **examples[path]} for name in names},
+                    )
+                },
+            )
+        }
+        for path, dialect in PATHS.items()
+    }
 
 
 def read_model(model: str) -> tuple[str, int | None]:
@@ -149,8 +195,9 @@ class Writing:
         answer: Answer,
         choices: list[Choice],
         prompts: int,
+        visit: Visit,
     ) -> None:
-        self._dialect, self._language = dialect, language
+        self._dialect, self._language, self._visit = dialect, language, visit
         self._answer, self._choices, self._prompts = answer, choices, prompts
         self._head = {
             "id": dialect.prefix + secrets.token_hex(16),
@@ -159,8 +206,11 @@ class Writing:
         }
 
     async def write_whole(self) -> bytes:
-        async for _ in read_pieces(self._answer, self._choices):
-            pass
+        try:
+            async for _ in read_pieces(self._answer, self._choices):
+                pass
+        finally:
+            self._charge()
         write = self._dialect.write_whole
         choices = [
             self._describe(choice.number, tuple(choice.tokens), choice.finish) | write(choice.text)
@@ -181,12 +231,20 @@ class Writing:
                     yield to_event(head | {"choices": [self._write(piece, begun)]})
             except Failed:
                 message = "the server failed, its log has the reason"
-                yield b"data: " + render_error(500, message, make_request_id()) + b"\n\n"
+                yield b"data: " + render_error(500, message, find_request_id()) + b"\n\n"
                 return
+            finally:
+                self._charge()
         if with_usage:
             usage = count_usage(self._choices, self._prompts)
             yield to_event(head | {"choices": [], "usage": usage})
         yield DONE
+
+    def _charge(self) -> None:
+        """What was read and made so far is used, whoever waits for it."""
+        usage = count_usage(self._choices, self._prompts)
+        tokens_in, tokens_out = usage["prompt_tokens"], usage["completion_tokens"]
+        self._visit.count(tokens_in=tokens_in, tokens_out=tokens_out)
 
     def _write(self, piece: Piece, begun: set[int]) -> Document:
         first = piece.choice not in begun
