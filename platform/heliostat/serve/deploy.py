@@ -21,8 +21,8 @@ from starlette.applications import Starlette
 
 from heliostat import registry
 from heliostat.archive import store_code
+from heliostat.data.features import BlockFeatures, features_from_json
 from heliostat.errors import HeliostatError
-from heliostat.signature import NextToken, output_from_json
 from heliostat.spec import DeploySpec, Positive, RunSpec, Section, reference
 from heliostat.storage import Conflict, Missing, Store, connect
 
@@ -161,7 +161,7 @@ def deploy(spec: RunSpec) -> str:
             raise HeliostatError(f"{version.ref} was not deployed, {rest}: {error}") from error
         print(f"{version.ref} was not deployed, {rest}", flush=True)
         raise
-    continues = isinstance(output_from_json(version.output), NextToken)
+    continues = isinstance(features_from_json(version.features), BlockFeatures)
     return find_url(client) + ("/v1/completions" if continues else f"/v1/models/{name}:predict")
 
 
