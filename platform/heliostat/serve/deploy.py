@@ -9,6 +9,7 @@ from typing import Any
 
 from heliostat import registry
 from heliostat.archive import store_code
+from heliostat.data.features import BlockFeatures, features_from_json
 from heliostat.errors import HeliostatError
 from heliostat.serve.control import HTTP_OPTIONS, Serve, await_running, find_url
 from heliostat.serve.replica import (
@@ -32,7 +33,6 @@ from heliostat.serve.table import (
     take_back,
     withdraw,
 )
-from heliostat.signature import NextToken, output_from_json
 from heliostat.spec import DeploySpec, reference
 from heliostat.storage import Store
 
@@ -139,7 +139,7 @@ def _try_out(store: Store, client: Serve, version: registry.Version, how: Deploy
 
 
 def _find_route(client: Serve, version: registry.Version) -> str:
-    continues = isinstance(output_from_json(version.output), NextToken)
+    continues = isinstance(features_from_json(version.features), BlockFeatures)
     route = "/v1/completions" if continues else f"/v1/models/{version.name}:predict"
     return find_url(client) + route
 
