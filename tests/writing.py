@@ -3,9 +3,11 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from heliostat import registry
 from heliostat.data.features import BlockFeatures, features_to_json
 from heliostat.data.tokens import END, describe_tokenizer, learn_tokenizer, parse_tokenizer
 from heliostat.models import build
@@ -17,7 +19,8 @@ from heliostat.serve.engine.runner import Runner
 from heliostat.serve.engine.scheduler import Scheduler
 from heliostat.serve.language import Language, find_chat
 from heliostat.signature import Blocks, NextToken, Signature, output_to_json
-from heliostat.spec import GptSpec, RopeScalingSpec
+from heliostat.spec import GptSpec, RopeScalingSpec, dump, parse
+from heliostat.storage import Store
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -100,3 +103,24 @@ def make_language(
         max(VOCABULARY.token_bytes),
         find_chat(features, tokenizer),
     )
+
+
+def publish(store: Store, weights: dict[str, Tensor]) -> Version:
+    """rays:1 with these weights; the store has TOKENIZER already."""
+    features = BlockFeatures(
+        LENGTH, VOCAB, VOCABULARY.end, VOCABULARY.sha256, VOCABULARY.token_bytes
+    )
+    model = SPECS["tied"].model_dump()
+    draft = registry.Draft(
+        name="rays",
+        output=output_to_json(NextToken()),
+        features=features_to_json(features),
+        spec=dump(parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})),
+        data_name="rays",
+        data_version="0" * 16,
+        run="first",
+        step=7,
+        code="",
+        metrics={},
+    )
+    return registry.publish(store, draft, safetensors.torch.save(weights))

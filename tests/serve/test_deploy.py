@@ -19,14 +19,17 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+from openai import OpenAI, PermissionDeniedError
 from PIL import Image
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
+import writing
 from heliostat import keys, registry, usage
 from heliostat.data.features import ImageFeatures, features_to_json, input_of
+from heliostat.data.tokens import parse_tokenizer, store_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, predict
 from heliostat.keys import Limits
@@ -34,6 +37,7 @@ from heliostat.local import Cluster, processes
 from heliostat.models import build
 from heliostat.serve.deploy import APPLICATION, rollback
 from heliostat.serve.deploy import deploy as release
+from heliostat.serve.engine.ask import Ask
 from heliostat.serve.ledger import LEASE_SECONDS
 from heliostat.serve.table import Placement, Table, change_table, place, read_table
 from heliostat.signature import Classes, Signature, output_to_json
@@ -347,7 +351,7 @@ def guarded(store: Store, digits: str) -> Iterator[str]:
 
 def ask_with(token: str, url: str, times: int = 1) -> list[httpx.Response]:
     """Each over a connection of its own, so that every replica gets some."""
-    headers = {"authorization": f"Bearer {token}", "connection": "close"}
+    headers = bearer(token) | {"connection": "close"}
     with ThreadPoolExecutor(4) as pool:
         asked = [
             pool.submit(httpx.post, url, json=INSTANCES, headers=headers, timeout=30)
@@ -420,6 +424,39 @@ def test_neither_a_killed_office_nor_a_redeploy_loses_a_request_or_its_record(
     deploy(make_spec(store.uri, version=predict_version(token, guarded) % 2 + 1, auth=True))
     wait_until(lambda: count_recorded() >= before + 251, 60)
     assert count_recorded() == before + 251
+
+
+@pytest.mark.cluster
+def test_a_language_model_writes_over_http_what_it_writes_alone_and_is_charged_by_token(
+    cluster: Cluster, store: Store, digits: str, wait_until: Wait
+) -> None:
+    store_tokenizer(store, writing.TOKENIZER)
+    writing.publish(store, writing.NETWORKS["tied"].state_dict())
+    token, key = keys.create(store, "ana", models=("rays",))
+    before = read_table(store).models["digits"].number
+    url = deploy(make_spec(store.uri, "rays", auth=True))
+    assert url == f"{cluster.edge_url}/v1/completions"
+    client = OpenAI(api_key=token, base_url=url.removesuffix("/completions"))
+    prompt = "a field of mirrors"
+    ids = tuple(parse_tokenizer(writing.TOKENIZER, "the tests").encode(prompt).ids)
+    (alone,) = writing.make_engine("tied").generate([Ask(ids, 6)])
+    asked: Any = {"model": "rays", "prompt": prompt, "max_tokens": 6, "temperature": 0}
+    wait_until(lambda: httpx.get(f"{client.base_url}models", headers=bearer(token)).is_success)
+    whole = client.completions.create(**asked)
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), len(alone))
+    pieces = [piece.choices[0].text for piece in client.completions.create(**asked, stream=True)]
+    assert "".join(pieces) == whole.choices[0].text
+    with pytest.raises(PermissionDeniedError):
+        client.completions.create(**asked | {"model": "digits"})
+    wait_until(
+        lambda: usage.summarise(store, "key").get(key.id, Sum()).tokens_out == 2 * len(alone)
+    )
+    deploy(make_spec(store.uri, version=before))
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
 
 
 @pytest.mark.cluster

@@ -4,22 +4,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
 
-from heliostat import registry, storage
-from heliostat.data.features import BlockFeatures, features_to_json
+from heliostat import storage
 from heliostat.data.tokens import store_tokenizer
 from heliostat.errors import HeliostatError
-from heliostat.registry import Version
 from heliostat.serve.engine.ask import Ask, Sampling
 from heliostat.serve.language import Language, Room
 from heliostat.serve.shelf import load
-from heliostat.signature import NextToken, output_to_json
-from heliostat.spec import dump, parse
 from heliostat.storage import Store
-from writing import LENGTH, NETWORKS, SPECS, TOKENIZER, VOCAB, VOCABULARY, make_engine
+from writing import LENGTH, NETWORKS, SPECS, TOKENIZER, VOCABULARY, make_engine, publish
 
 POOL = ThreadPoolExecutor(1)
 
@@ -29,26 +23,6 @@ def store(tmp_path: Path) -> Store:
     store = storage.connect(str(tmp_path))
     store_tokenizer(store, TOKENIZER)
     return store
-
-
-def publish(store: Store, weights: dict[str, Tensor]) -> Version:
-    features = BlockFeatures(
-        LENGTH, VOCAB, VOCABULARY.end, VOCABULARY.sha256, VOCABULARY.token_bytes
-    )
-    model = SPECS["tied"].model_dump()
-    draft = registry.Draft(
-        name="rays",
-        output=output_to_json(NextToken()),
-        features=features_to_json(features),
-        spec=dump(parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})),
-        data_name="rays",
-        data_version="0" * 16,
-        run="first",
-        step=7,
-        code="",
-        metrics={},
-    )
-    return registry.publish(store, draft, safetensors.torch.save(weights))
 
 
 def test_a_published_version_is_loaded_as_an_engine(store: Store) -> None:
