@@ -284,6 +284,19 @@ def test_a_model_that_the_body_names_is_checked_as_one_of_the_path(tmp_path: Pat
     assert (bad.model, bad.status, bad.tokens_out) == ("", 403, 0)
 
 
+def test_no_route_that_reads_the_model_from_the_body_forgets_the_key(site: Site) -> None:
+    token = site.make_token(models=("people",))
+    named = {rule.route for rule in RULES if not rule.pattern.groups and rule.verb != "read"}
+    paths = {path for method, path in list_paths(site.app) if method == "POST"} & named
+    assert len(paths) == 3
+    for path in paths:
+        about = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "input": "a"}
+        given = {"/v1/completions": "prompt", "/v1/embeddings": "input"}.get(path, "messages")
+        for model in ("shapes", "nowhere"):
+            body = {"model": model, given: about[given]}
+            assert site.ask(token, path=path, json=body).status_code == 403, path
+
+
 def test_each_request_of_a_key_is_recorded_as_it_ended(site: Site) -> None:
     token = site.make_token()
     site.ask(None)
