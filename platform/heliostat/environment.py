@@ -8,6 +8,8 @@ GIB = 2**30
 MIN_LOGICAL_CPUS = 4
 # Where a deployed model answers, for the jobs that print it.
 EDGE_URL = "HELIOSTAT_EDGE_URL"
+# The address that the edge listens on, which says who can reach it.
+EDGE_HOST = "HELIOSTAT_EDGE_HOST"
 STORE_PORT_OFFSET = 10_000
 REPLICA_PORTS = 100
 PREFERRED_PORTS = {"s3": 8333, "dashboard": 8265, "gcs": 6379, "serve": 8000, "edge": 8080}

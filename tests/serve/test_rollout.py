@@ -153,7 +153,10 @@ def test_what_runs_stays_in_the_table(store: Store, serve: type[FakeServe]) -> N
 
 
 def test_without_keys_it_warns_and_is_refused_where_others_can_reach_it(
-    store: Store, serve: type[FakeServe], capsys: pytest.CaptureFixture[str]
+    store: Store,
+    serve: type[FakeServe],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     serve.settle = lambda configs: RUNNING
     deploy(second(store, auth=False))
@@ -161,6 +164,10 @@ def test_without_keys_it_warns_and_is_refused_where_others_can_reach_it(
     before = read_table(store)
     serve.http_options = {"host": "0.0.0.0", "port": 8000}
     with pytest.raises(HeliostatError, match=r"auth is off and Serve listens on 0\.0\.0\.0"):
+        deploy(second(store, auth=False))
+    serve.http_options = {"host": "127.0.0.1", "port": 8000}
+    monkeypatch.setenv("HELIOSTAT_EDGE_HOST", "0.0.0.0")
+    with pytest.raises(HeliostatError, match=r"auth is off and the edge listens on 0\.0\.0\.0"):
         deploy(second(store, auth=False))
     assert read_table(store) == before
     deploy(second(store))

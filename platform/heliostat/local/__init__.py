@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from heliostat.environment import EDGE_URL, LOOPBACK, PREFERRED_PORTS, STORE_PORT_OFFSET, Ports
+from heliostat.environment import (
+    EDGE_HOST,
+    EDGE_URL,
+    LOOPBACK,
+    PREFERRED_PORTS,
+    STORE_PORT_OFFSET,
+    Ports,
+)
 from heliostat.errors import HeliostatError
 from heliostat.local import edge, head, machine, processes, store
 from heliostat.local.home import (
@@ -113,6 +120,7 @@ class Cluster:
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_DASHBOARD_ADDRESS": self.dashboard_url,
             EDGE_URL: self.edge_url,
+            EDGE_HOST: self.state.listen.host,
             LOOPBACK.name: LOOPBACK.value,
             **self.credentials,
         }

@@ -7,7 +7,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from heliostat.environment import EDGE_URL, LOOPBACK, REPLICA_PORTS, REQUIRED, TUNED, Ports
+from heliostat.environment import (
+    EDGE_HOST,
+    EDGE_URL,
+    LOOPBACK,
+    REPLICA_PORTS,
+    REQUIRED,
+    TUNED,
+    Ports,
+)
 from heliostat.errors import HeliostatError
 from heliostat.local import processes
 from heliostat.local.edge import describe, find_haproxy
@@ -38,6 +46,7 @@ def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[st
         **credentials,
         **_place(state.ports, state.scratch),
         EDGE_URL: describe(state).url,
+        EDGE_HOST: state.listen.host,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_closed_haproxy(state)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }

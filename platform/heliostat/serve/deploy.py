@@ -1,6 +1,7 @@
 """Puts versions on the cluster: Serve applications that serve what the bucket's table says."""
 
 import math
+import os
 import secrets
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 from heliostat import registry
 from heliostat.archive import store_code
 from heliostat.data.features import BlockFeatures, features_from_json
+from heliostat.environment import EDGE_HOST
 from heliostat.errors import HeliostatError
 from heliostat.serve.control import HTTP_OPTIONS, Serve, await_running, find_url
 from heliostat.serve.replica import (
@@ -189,16 +191,18 @@ def check_auth(deploy: DeploySpec, details: dict[str, Any]) -> None:
     """Warn of a deploy without keys, refuse it where others can reach it.
 
     Raises:
-        HeliostatError: Serve listens not only to this machine.
+        HeliostatError: Serve or the edge listens not only to this machine.
     """
     if deploy.auth:
         return
-    host = details.get("http_options", HTTP_OPTIONS).get("host", HTTP_OPTIONS["host"])
-    if host not in LOOPBACK_HOSTS:
-        raise HeliostatError(
-            f"deploy.auth is off and Serve listens on {host}: anybody could ask, so leave it on "
-            "and make keys with `heliostat keys create`, or let Serve listen on 127.0.0.1"
-        )
+    serve = details.get("http_options", HTTP_OPTIONS).get("host", HTTP_OPTIONS["host"])
+    edge = os.environ.get(EDGE_HOST, LOOPBACK_HOSTS[0])
+    for what, host in (("Serve", serve), ("the edge", edge)):
+        if host not in LOOPBACK_HOSTS:
+            raise HeliostatError(
+                f"deploy.auth is off and {what} listens on {host}: anybody could ask, so leave it "
+                f"on and make keys with `heliostat keys create`, or let {what} listen on 127.0.0.1"
+            )
     print("WARNING: deploy.auth is off: every program of this machine may ask", flush=True)
 
 
