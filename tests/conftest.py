@@ -44,8 +44,8 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(HOME.token)
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 # A shell ignores it in what it runs in the background, and tests interrupt what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Every deletion of a Serve application waits this long for its requests: 30 s by default.
-os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+# A replica answers for so long after its successor does (30 s by default): proxies hear of it late.
+os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "5"
 
 
 def pytest_unconfigure() -> None:
