@@ -60,7 +60,7 @@ TUNED = (
     Setting("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1", "a dead proxy is missed after 3 s"),
     Setting("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "5", "a busy one is not dead"),
     Setting("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response", "a replica was killed"),
-    Setting("RAY_SERVE_HAPROXY_RETRIES", "2", "what kills replicas kills no more than three"),
+    Setting("RAY_SERVE_HAPROXY_RETRIES", "6", "a second each: it hears late of new replicas"),
     Setting("RAY_JOB_STOP_WAIT_TIME_S", "30", "a stopped job may finish its checkpoint, not 3 s"),
     Setting("RAY_health_check_initial_delay_ms", "5000", "a node is watched once it is up"),
     Setting("RAY_health_check_period_ms", "1000", "a dead node is found after 3 refused checks"),
