@@ -77,13 +77,18 @@ def expected(name: str) -> np.ndarray[Any, Any]:
     return predict(EVERY[name].predictor, REQUESTS[name][1])
 
 
-@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
-@pytest.mark.parametrize("name", REQUESTS)
+# The client writes NaN as JSON, which is none: of these it can only send the bytes.
+WITH_NAN = {"people", "signs", "prices"}
+
+
+@pytest.mark.parametrize(
+    ("name", "binary"),
+    [(name, True) for name in REQUESTS]
+    + [(name, False) for name in REQUESTS if name not in WITH_NAN],
+)
 def test_its_client_gets_the_offline_predictions(
     triton: InferenceServerClient, name: str, binary: bool
 ) -> None:
-    if not binary and name in ("people", "signs", "prices"):
-        pytest.skip("the client writes NaN as JSON, which is none")
     metadata = triton.get_model_metadata(name)
     inputs = make_inputs(metadata, REQUESTS[name][0], binary)
     outputs = [

@@ -76,7 +76,7 @@ class Generation(Section):
     @property
     def alternatives(self) -> int | None:
         """How many are told with the log probability of a token, None: not even that."""
-        raise NotImplementedError
+        return None
 
 
 class Completion(Generation):
