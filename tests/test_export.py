@@ -20,28 +20,14 @@ from heliostat.errors import HeliostatError
 from heliostat.models import build
 from heliostat.models.pretrained import load_pretrained
 from heliostat.signature import Blocks, NextToken, Signature, output_to_json
-from heliostat.spec import GptSpec, RopeScalingSpec, dump, parse
+from heliostat.spec import GptSpec, dump, parse
 from heliostat.storage import Store
+from writing import SPECS
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TEXTS = ["a field of mirrors turns many rays to one tower", "rays, mirrors, tower"] * 4
 END = "<|end|>"
-SPECS = {
-    "tied": GptSpec(kind="gpt", layers=2, width=48, heads=4),
-    "grouped, untied": GptSpec(
-        kind="gpt", layers=2, width=60, heads=6, kv_heads=2, ffn=70, tied=False, norm_eps=1e-3
-    ),
-    "stretched": GptSpec(
-        kind="gpt",
-        layers=1,
-        width=42,
-        heads=3,
-        kv_heads=1,
-        rope_theta=500_000.0,
-        rope_scaling=RopeScalingSpec(factor=8.0, original_positions=16),
-    ),
-}
 
 
 def learn_tokenizer() -> bytes:

@@ -78,9 +78,6 @@ __all__ = [
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 MAX_SENTENCES = 5
 
-# Strict, because Python would take true for the number 1.
-
-
 AnySection = TypeVar("AnySection", bound=Section)
 
 
