@@ -453,3 +453,12 @@ def assert_nothing_is_left(cluster: local.Cluster) -> None:
     assert [port for port in vars(ports).values() if not machine.is_free(port)] == []
     assert not cluster.state.scratch.exists()
     assert not cluster.home.state.exists()
+
+
+@pytest.mark.parametrize("share", ["abc", "0", "150%", "-1", "nan", ""])
+def test_a_share_that_is_none_is_refused_in_a_sentence(
+    share: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["deploy", "digits:1", f"--canary={share}"])
+    assert f"{share!r} is no share: give one above 0%, up to 100%" in capsys.readouterr().err

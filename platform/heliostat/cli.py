@@ -222,7 +222,13 @@ def _read_terms(options: argparse.Namespace, store: "Store", number: int) -> "De
 
 def _share(text: str) -> float:
     """10% or 0.1."""
-    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: give one above 0%, up to 100%")
+    return share
 
 
 def create_key(options: argparse.Namespace) -> None:
