@@ -35,7 +35,14 @@ class Upstream:
 
     @contextmanager
     def run(self) -> Iterator["Upstream"]:
-        config = uvicorn.Config(self._build(), port=self.port, log_level="error", lifespan="off")
+        # A replica keeps an idle connection longer than the edge keeps it for reuse, as here.
+        config = uvicorn.Config(
+            self._build(),
+            port=self.port,
+            log_level="error",
+            lifespan="off",
+            timeout_keep_alive=90,
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()

@@ -183,7 +183,9 @@ def _list_defaults(limits: Limits) -> list[str]:
         "timeout check 1s",
         "option abortonclose",
         "option http-no-delay",
-        "http-reuse always",
+        # Where an idle connection breaks as it is used, HAProxy hangs up without an answer: a
+        # client's first request is not given one that may.
+        "http-reuse safe",
         # Each retry waits a second, so the few in which Serve starts its proxy anew cost patience.
         # What was sent is not sent again: for that HAProxy would copy a whole buffer per request.
         "retries 8",
