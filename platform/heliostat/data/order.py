@@ -1,9 +1,9 @@
 """The order of samples: a pure function of (parts, seed, epoch), whatever the worker count.
 
 A part is a span of rows that lie together in storage. An epoch is a permutation of the parts, cut
-into chunks of a fixed number of parts; the rows
-of a chunk are permuted among themselves. Global batches are consecutive rows of that sequence, the
-last one of an epoch may be short. Every row is in exactly one batch of every epoch.
+into chunks of a fixed number of parts; the rows of a chunk are permuted among themselves. Global
+batches are consecutive rows of that sequence, the last one of an epoch may be short. Every row is
+in exactly one batch of every epoch.
 """
 
 import hashlib
