@@ -21,7 +21,9 @@ from heliostat.local import machine, processes
 from heliostat.local.home import Home, furnish, read_state
 
 COMMANDS = (
-    *(["up"], ["edge"], ["status"], ["env"], ["down"], ["models"], ["models", "show"], ["export"]),
+    *(["up"], ["edge"], ["status"], ["env"], ["down"], ["upload"]),
+    *(["models"], ["models", "show"], ["models", "alias"], ["export"]),
+    *(["deploy"], ["rollback"], ["deployments"]),
     *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
 )
 
