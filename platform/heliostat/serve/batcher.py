@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -109,24 +110,26 @@ class Batcher:
 
 def compute_together(compute: Compute, batch: list[Waiting]) -> Iterator[Rows | Exception]:
     """The rows of each; if the batch fails, each alone, so that one cannot fail its neighbours."""
+    together = _try(compute, batch)
     if len(batch) == 1:
-        yield _try(compute, batch[0].columns)
-        return
-    names = batch[0].columns
-    together = _try(
-        compute, {name: np.concatenate([one.columns[name] for one in batch]) for name in names}
-    )
-    if isinstance(together, Exception):
-        yield from (_try(compute, one.columns) for one in batch)
-        return
-    end = 0
-    for one in batch:
-        end += one.rows
-        yield together[end - one.rows : end]
+        yield together
+    elif isinstance(together, Exception):
+        yield from (_try(compute, [one]) for one in batch)
+    else:
+        ends = accumulate(one.rows for one in batch)
+        yield from (together[end - one.rows : end] for one, end in zip(batch, ends, strict=True))
 
 
-def _try(compute: Compute, columns: Columns) -> Rows | Exception:
+def _try(compute: Compute, batch: list[Waiting]) -> Rows | Exception:
     try:
-        return compute(columns)
+        return compute(_join([one.columns for one in batch]))
     except Exception as error:  # raised again by `run`
         return error
+
+
+def _join(several: list[Columns]) -> Columns:
+    """The rows of all, one after another; those of one as they are."""
+    first, *others = several
+    if not others:
+        return first
+    return {name: np.concatenate([columns[name] for columns in several]) for name in first}
