@@ -110,11 +110,11 @@ def test_who_has_left_is_not_computed() -> None:
 def test_rows_that_cannot_lie_in_one_array_are_computed_one_by_one() -> None:
     async def run() -> list[Any]:
         wide = {"x": np.ones((1, 3))}
-        runs = [batcher.run(*rows(1)), batcher.run(wide, 1)]
+        runs = [batcher.run(*rows(0)), batcher.run(*rows(1)), batcher.run(wide, 1)]
         async with asyncio.timeout(10):
             return [*await asyncio.gather(*runs), await batcher.run(*rows(2))]
 
     with ThreadPoolExecutor(1) as pool:
         batcher = Batcher(Compute(), pool, batch_seconds=1e6)
-        first, second, third = asyncio.run(run())
-    assert (first.tolist(), second.tolist(), third.tolist()) == ([2], [[2, 2, 2]], [4])
+        answers = asyncio.run(run())
+    assert [answer.tolist() for answer in answers] == [[0], [2], [[2, 2, 2]], [4]]
