@@ -11,14 +11,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from heliostat.cli.options import Commands, add_command, add_json
-from heliostat.cli.output import print_now
+from heliostat.cli.output import GIB, MIB, print_now
 from heliostat.errors import HeliostatError
 
 if TYPE_CHECKING:
     from heliostat.local import Cluster, Listen, Usage
 
-MIB = 2**20
-GIB = 2**30
 OTHER_CREDENTIALS = ("AWS_PROFILE", "AWS_SESSION_TOKEN")
 SHOWN_PIDS = 8
 

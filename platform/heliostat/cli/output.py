@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+MIB, GIB = 2**20, 2**30
+
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     table = [tuple(header), *(tuple(str(cell) for cell in row) for row in rows)]

@@ -4,9 +4,7 @@ import argparse
 import time
 
 from heliostat.cli.options import Commands, add_command, open_store
-from heliostat.cli.output import print_now
-
-MIB = 2**20
+from heliostat.cli.output import MIB, print_now
 
 
 def add_commands(commands: Commands) -> None:

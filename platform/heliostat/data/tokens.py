@@ -148,14 +148,18 @@ def load_tokenizer(store: Store, digest: str) -> Tokenizer:
 
 @lru_cache(maxsize=8)
 def _load_tokenizer(store: Store, digest: str) -> Tokenizer:
-    key = _key(digest)
-    data = store.read(key)
+    return parse_tokenizer(read_stored(store, digest), join(store.uri, _key(digest)))
+
+
+def read_stored(store: Store, digest: str) -> bytes:
+    """The tokenizer.json with this SHA-256 (hex), else as `load_tokenizer`."""
+    data = store.read(_key(digest))
     if sha256(data).hexdigest() != digest:
         raise HeliostatError(
-            f"{join(store.uri, key)} is not the tokenizer that was stored: delete the object and "
-            "prepare the data again"
+            f"{join(store.uri, _key(digest))} is not the tokenizer that was stored: delete the "
+            "object and prepare the data again"
         )
-    return parse_tokenizer(data, join(store.uri, key))
+    return data
 
 
 def encode_texts(
