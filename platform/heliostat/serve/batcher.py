@@ -19,6 +19,7 @@ Compute = Callable[[Columns], Rows]
 INLINE_SECONDS = 0.001  # to another thread and back costs a request more than waiting for so long
 BATCH_SECONDS = 0.02
 MAX_ROWS = 1024
+PIECE_ROWS = 16
 RECENT = 0.2  # the weight of the newest measurement, once there are some
 
 
@@ -46,14 +47,24 @@ class Batcher:
         self._running = False
 
     async def run(self, columns: Columns, rows: int) -> Rows:
-        """What `compute` says of these rows; what it raises for them is raised here."""
+        """What `compute` says of these rows; what it raises for them is raised here.
+
+        Many rows are computed in pieces, as many at once as others' are: they take no more memory,
+        and those of who has left are not computed.
+        """
+        if rows <= PIECE_ROWS:
+            return await self._submit(columns, rows)
+        pieces = [self._submit(*piece) for piece in cut(columns, rows)]
+        return np.concatenate(await asyncio.gather(*pieces))
+
+    def _submit(self, columns: Columns, rows: int) -> "asyncio.Future[Rows]":
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Rows] = loop.create_future()
         self._waiting.append(Waiting(columns, rows, answer))
         if not self._running:
             self._running = True
             loop.call_soon(self._start, loop)
-        return await answer
+        return answer
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         batch = self._take()
@@ -106,6 +117,13 @@ class Batcher:
                 one.answer.set_exception(outcome)
             else:
                 one.answer.set_result(outcome)
+
+
+def cut(columns: Columns, rows: int) -> Iterator[tuple[Columns, int]]:
+    """The rows in pieces of at most PIECE_ROWS, and how many each has."""
+    for start in range(0, rows, PIECE_ROWS):
+        stop = min(start + PIECE_ROWS, rows)
+        yield {name: values[start:stop] for name, values in columns.items()}, stop - start
 
 
 def compute_together(compute: Compute, batch: list[Waiting]) -> Iterator[Rows | Exception]:
