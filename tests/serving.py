@@ -13,6 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
+from drafting import version
 from heliostat.data.features import (
     CategoryColumn,
     Features,
@@ -22,17 +23,15 @@ from heliostat.data.features import (
     SeriesFeatures,
     TableFeatures,
     TextFeatures,
-    features_to_json,
     input_of,
 )
 from heliostat.data.tokens import learn_tokenizer, parse_tokenizer
 from heliostat.evaluate import Predictor
 from heliostat.models import build, task_of
-from heliostat.registry import Version
 from heliostat.serve.app import build_app
 from heliostat.serve.door import Limits
 from heliostat.serve.shelf import Served, Shelf
-from heliostat.signature import Classes, Numbers, Output, Signature, output_to_json
+from heliostat.signature import Classes, Numbers, Output, Signature
 from heliostat.spec import (
     CnnSpec,
     EncoderSpec,
@@ -65,27 +64,12 @@ def serve(
     output: Output = OUTPUT,
 ) -> Served:
     torch.manual_seed(0)
-    version = Version(
-        name=name,
-        number=number,
-        created="2026-01-01T00:00:00+00:00",
-        output=output_to_json(output),
-        features=features_to_json(features),
-        spec={},
-        data_name=name,
-        data_version="0" * 16,
-        run="run",
-        step=1,
-        code="",
-        metrics={},
-        weights_sha256="0" * 64,
-        weights_bytes=0,
-    )
     signature = Signature(input_of(features), output)
     network, task = build(model, signature).eval(), task_of(model, signature)
     is_text = isinstance(features, TextFeatures)
     tokenizer = parse_tokenizer(TOKENIZER, name) if is_text else None
-    return Served(version, Predictor(network, task, features, output, tokenizer))
+    predictor = Predictor(network, task, features, output, tokenizer)
+    return Served(version(name, number, features, output), predictor)
 
 
 MODELS = {"shapes": serve("shapes", IMAGE), "people": serve("people", TABLE)}

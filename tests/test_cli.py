@@ -16,12 +16,15 @@ import psutil
 import pytest
 from safetensors.numpy import save
 
+from drafting import draft
 from heliostat import cli, local, registry, storage, usage
 from heliostat.local import machine, processes
 from heliostat.local.home import Home, furnish, read_state
 
 COMMANDS = (
-    *(["up"], ["edge"], ["status"], ["env"], ["down"], ["models"], ["models", "show"], ["export"]),
+    *(["up"], ["edge"], ["status"], ["env"], ["down"], ["upload"]),
+    *(["models"], ["models", "show"], ["models", "alias"], ["export"]),
+    *(["deploy"], ["rollback"], ["deployments"]),
     *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
 )
 
@@ -55,20 +58,9 @@ def run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[
 
 
 def publish(root: Path) -> None:
-    draft = registry.Draft(
-        name="digits",
-        output={},
-        features={},
-        spec={},
-        data_name="digits",
-        data_version="0" * 16,
-        run="first",
-        step=7,
-        code="",
-        metrics={"accuracy": 0.97},
-    )
     store = storage.connect(str(root))
-    registry.publish(store, draft, save({"w": np.zeros(2, np.float32)}))
+    made = draft("digits", run="first", step=7, metrics={"accuracy": 0.97})
+    registry.publish(store, made, save({"w": np.zeros(2, np.float32)}))
     registry.set_alias(store, "digits", "production", 1)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from drafting import draft
 from heliostat import registry, spec, storage
 from heliostat.data.features import (
     CategoryColumn,
@@ -24,14 +25,13 @@ from heliostat.data.features import (
     ImageFeatures,
     NumericColumn,
     TableFeatures,
-    features_to_json,
     input_of,
 )
 from heliostat.evaluate import Predictor, load_predictor, predict, score
 from heliostat.evaluate.scores import ClassScores
 from heliostat.models import build
 from heliostat.models.tasks import choose_task
-from heliostat.signature import Classes, Signature, output_to_json
+from heliostat.signature import Classes, Signature
 
 LABELS = ("cat", "dog", "owl")
 
@@ -214,19 +214,8 @@ def test_a_published_model_answers_bit_for_bit_like_the_original(
     )
     original = build(run.model, Signature(input_of(features), Classes(LABELS)))
     store = storage.connect(str(tmp_path))
-    draft = registry.Draft(
-        name="pets",
-        output=output_to_json(Classes(LABELS)),
-        features=features_to_json(features),
-        spec=spec.dump(run),
-        data_name="pets",
-        data_version="0" * 16,
-        run="pets-1",
-        step=1,
-        code="",
-        metrics={},
-    )
-    registry.publish(store, draft, safetensors.torch.save(original.state_dict()))
+    made = draft("pets", features, Classes(LABELS), spec=spec.dump(run))
+    registry.publish(store, made, safetensors.torch.save(original.state_dict()))
     loaded = load_predictor(store, registry.resolve(store, "pets:1"))
     expected = predict(replace(loaded, network=original.eval()), columns)
     assert np.array_equal(predict(loaded, columns), expected)

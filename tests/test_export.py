@@ -14,12 +14,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as algorithms
 from torch import Tensor, nn
 
+from drafting import draft
 from heliostat import export, registry, storage
 from heliostat.data import features
 from heliostat.errors import HeliostatError
 from heliostat.models import build
 from heliostat.models.pretrained import load_pretrained
-from heliostat.signature import Blocks, NextToken, Signature, output_to_json
+from heliostat.signature import Blocks, NextToken, Signature
 from heliostat.spec import GptSpec, dump, parse
 from heliostat.storage import Store
 from writing import SPECS
@@ -116,19 +117,9 @@ def publish(store: Store, model: dict[str, Any], weights: dict[str, Tensor]) -> 
     sha256 = hashlib.sha256(TOKENIZER).hexdigest()
     store.write(f"blobs/{sha256}", TOKENIZER)
     seen = features.BlockFeatures(BLOCKS.length, VOCAB, BLOCKS.end, sha256, (1,) * VOCAB)
-    draft = registry.Draft(
-        name="rays",
-        output=output_to_json(NextToken()),
-        features=features.features_to_json(seen),
-        spec=dump(parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})),
-        data_name="rays",
-        data_version="0" * 16,
-        run="first",
-        step=7,
-        code="",
-        metrics={"loss": 2.5},
-    )
-    return registry.publish(store, draft, safetensors.torch.save(weights))
+    spec = parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})
+    made = draft("rays", seen, NextToken(), spec=dump(spec), metrics={"loss": 2.5})
+    return registry.publish(store, made, safetensors.torch.save(weights))
 
 
 def test_the_command_writes_a_published_version(tmp_path: Path, store: Store) -> None:
@@ -155,5 +146,5 @@ def test_another_tokenizer_than_the_published_one_is_refused(store: Store) -> No
     spec = SPECS["tied"]
     version = publish(store, spec.model_dump(), build_loud(spec).state_dict())
     store.write(f"blobs/{version.features['tokenizer']}", b"{}")
-    with pytest.raises(HeliostatError, match="not the tokenizer that rays:1 was published with"):
+    with pytest.raises(HeliostatError, match="not the tokenizer that was stored"):
         export.export_hf(store, version, store)

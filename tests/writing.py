@@ -7,8 +7,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from drafting import draft, version
 from heliostat import registry
-from heliostat.data.features import BlockFeatures, features_to_json
+from heliostat.data.features import BlockFeatures
 from heliostat.data.tokens import END, describe_tokenizer, learn_tokenizer, parse_tokenizer
 from heliostat.models import build
 from heliostat.models.gpt import Gpt
@@ -18,7 +19,7 @@ from heliostat.serve.engine.engine import Engine
 from heliostat.serve.engine.runner import Runner
 from heliostat.serve.engine.scheduler import Scheduler
 from heliostat.serve.language import Language, find_chat
-from heliostat.signature import Blocks, NextToken, Signature, output_to_json
+from heliostat.signature import Blocks, NextToken, Signature
 from heliostat.spec import GptSpec, RopeScalingSpec, dump, parse
 from heliostat.storage import Store
 
@@ -77,25 +78,9 @@ def make_language(
         VOCABULARY.token_bytes,
         chat_template,
     )
-    version = Version(
-        name="rays",
-        number=2,
-        created="2026-01-01T00:00:00+00:00",
-        output=output_to_json(NextToken()),
-        features=features_to_json(features),
-        spec={},
-        data_name="rays",
-        data_version="0" * 16,
-        run="run",
-        step=1,
-        code="",
-        metrics={},
-        weights_sha256="0" * 64,
-        weights_bytes=0,
-    )
     tokenizer = parse_tokenizer(TOKENIZER, "the tests")
     return Language(
-        version,
+        version("rays", 2, features, NextToken()),
         Runner(make_engine(name, slots, LENGTH, max_waiting), ThreadPoolExecutor(1)),
         tokenizer,
         VOCABULARY.end,
@@ -111,16 +96,6 @@ def publish(store: Store, weights: dict[str, Tensor]) -> Version:
         LENGTH, VOCAB, VOCABULARY.end, VOCABULARY.sha256, VOCABULARY.token_bytes
     )
     model = SPECS["tied"].model_dump()
-    draft = registry.Draft(
-        name="rays",
-        output=output_to_json(NextToken()),
-        features=features_to_json(features),
-        spec=dump(parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})),
-        data_name="rays",
-        data_version="0" * 16,
-        run="first",
-        step=7,
-        code="",
-        metrics={},
-    )
-    return registry.publish(store, draft, safetensors.torch.save(weights))
+    spec = parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})
+    made = draft("rays", features, NextToken(), spec=dump(spec))
+    return registry.publish(store, made, safetensors.torch.save(weights))

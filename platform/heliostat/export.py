@@ -1,6 +1,5 @@
 """A published model as files that other libraries load without this one."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from heliostat import registry, spec
 from heliostat.data import features
+from heliostat.data.tokens import read_stored
 from heliostat.errors import HeliostatError
 from heliostat.models import gpt, pretrained
 from heliostat.registry import Version
@@ -26,7 +26,7 @@ def export_hf(store: Store, version: Version, target: Store) -> list[str]:
 
     Raises:
         HeliostatError: the version is not of kind gpt, or its weights or its tokenizer are not
-            those that it was published with.
+            those that were stored.
     """
     model = spec.parse(version.spec, origin=version.ref).model
     if not isinstance(model, GptSpec):
@@ -35,7 +35,7 @@ def export_hf(store: Store, version: Version, target: Store) -> list[str]:
         )
     blocks = features.input_of(features.features_from_json(version.features))
     assert isinstance(blocks, Blocks)
-    tokenizer = _load_tokenizer(store, version)
+    tokenizer = read_stored(store, version.features["tokenizer"])
     weights = safetensors.torch.load(registry.load_weights(store, version))
     files = to_hf_files(model, blocks, weights, tokenizer)
     for key, data in files.items():
@@ -100,17 +100,6 @@ def _describe(model: GptSpec, blocks: Blocks) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": blocks.end,
     }
-
-
-def _load_tokenizer(store: Store, version: Version) -> bytes:
-    sha256 = version.features["tokenizer"]
-    tokenizer = store.read(f"blobs/{sha256}")
-    if hashlib.sha256(tokenizer).hexdigest() != sha256:
-        raise HeliostatError(
-            f"{store.uri}/blobs/{sha256} is not the tokenizer that {version.ref} was published "
-            "with: restore the object"
-        )
-    return tokenizer
 
 
 def _to_json(document: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""How a job runs as a program: positional arguments in, a sentence instead of a traceback out."""
+"""How a program runs: positional arguments in, a sentence instead of a traceback out."""
 
 import signal
 import sys
@@ -9,23 +9,28 @@ from heliostat.errors import HeliostatError
 
 
 def run(main: Callable[..., None]) -> None:
-    """Call `main` with the command line's arguments; a HeliostatError prints and exits 2.
-
-    SIGTERM, by which `ray job stop` ends a job, unwinds it like Ctrl-C.
-    """
+    """Call a job's `main` with the arguments of the command line, and exit as `conclude` says."""
     path, *overrides = sys.argv[1:] or [""]
     if path in ("", "-h", "--help"):
         print((sys.modules[main.__module__].__doc__ or "").strip())
         sys.exit(0 if path else 2)
+    sys.exit(conclude(lambda: main(path, *overrides)))
+
+
+def conclude(act: Callable[[], int | None]) -> int:
+    """The exit status of `act`: 2 after the sentence of a HeliostatError, 130 after Ctrl-C.
+
+    SIGTERM, by which `ray job stop` ends a job, unwinds it like Ctrl-C.
+    """
     signal.signal(signal.SIGTERM, _unwind)
     try:
-        main(path, *overrides)
+        return act() or 0
     except HeliostatError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("stopped: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        return 130
 
 
 def _unwind(signum: int, frame: object) -> NoReturn:

@@ -42,6 +42,7 @@ from heliostat.data.tokens import (
     find_targets,
     learn_tokenizer,
     load_tokenizer,
+    locate_tokens,
     pack,
     parse_tokenizer,
     read_tokenizer,
@@ -454,6 +455,14 @@ def test_the_tokenizer_of_another_marks_cuts_and_ends_as_its_files_say(tmp_path:
     assert encode_texts(tokenizer, [" "])[0].tolist() == [0]
     (tmp_path / "tokenizer_config.json").unlink()
     assert text.read_vocabulary(str(tmp_path))[1].end == 2
+
+
+def test_models_of_several_lengths_share_a_tokenizer() -> None:
+    line = LINES[0] + LINES[1]
+    whole = TOKENIZER.encode(line).ids
+    (cut,) = encode_texts(TOKENIZER, [line], 5)
+    assert [token.id for token in locate_tokens(TOKENIZER, line, 5)] == cut.tolist() == whole[:5]
+    assert TOKENIZER.encode(line).ids == whole
 
 
 def test_tokens_of_words_with_a_mark_for_the_blank_count_their_bytes() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from heliostat.serve.batcher import Batcher
+from heliostat.serve.batcher import PIECE_ROWS, Batcher
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -51,7 +51,7 @@ async def gather(batcher: Batcher, requests: list[list[float]]) -> list[Any]:
 
 
 @given(
-    requests=st.lists(st.lists(st.integers(-2, 40), min_size=1, max_size=5), max_size=12),
+    requests=st.lists(st.lists(st.integers(-2, 40), min_size=1, max_size=40), max_size=12),
     batch_seconds=st.sampled_from([1e-9, 1e-3, 1.0]),
 )
 def test_each_gets_its_own_rows_and_only_its_own_failure(
@@ -105,3 +105,34 @@ def test_who_has_left_is_not_computed() -> None:
     batcher = Batcher(compute, pool, batch_seconds=1e6)
     asyncio.run(run())
     assert compute.calls == [[2]]
+
+
+def test_rows_that_cannot_lie_in_one_array_are_computed_one_by_one() -> None:
+    async def run() -> list[Any]:
+        wide = {"x": np.ones((1, 3))}
+        runs = [batcher.run(*rows(0)), batcher.run(*rows(1)), batcher.run(wide, 1)]
+        async with asyncio.timeout(10):
+            return [*await asyncio.gather(*runs), await batcher.run(*rows(2))]
+
+    with ThreadPoolExecutor(1) as pool:
+        batcher = Batcher(Compute(), pool, batch_seconds=1e6)
+        answers = asyncio.run(run())
+    assert [answer.tolist() for answer in answers] == [[0], [2], [[2, 2, 2]], [4]]
+
+
+def test_many_rows_are_computed_in_pieces_until_who_asked_has_left() -> None:
+    async def run() -> None:
+        leaving = asyncio.create_task(batcher.run(*rows(*range(10 * PIECE_ROWS))))
+        while not pool.work:
+            await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        pool.work.pop()()
+        await asyncio.sleep(0)
+
+    compute, pool = Compute(), Later()
+    batcher = Batcher(compute, pool, batch_seconds=1)
+    asyncio.run(run())
+    assert [len(call) for call in compute.calls] == [PIECE_ROWS]
+    assert pool.work == []

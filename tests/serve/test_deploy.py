@@ -27,6 +27,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 import writing
+from drafting import draft
 from heliostat import keys, registry, usage
 from heliostat.data.features import ImageFeatures, features_to_json, input_of
 from heliostat.data.tokens import parse_tokenizer, store_tokenizer
@@ -40,7 +41,7 @@ from heliostat.serve.deploy import deploy as release
 from heliostat.serve.engine.ask import Ask
 from heliostat.serve.ledger import LEASE_SECONDS
 from heliostat.serve.table import Placement, Table, change_table, place, read_table
-from heliostat.signature import Classes, Signature, output_to_json
+from heliostat.signature import Classes, Signature
 from heliostat.spec import RunSpec, dump, parse
 from heliostat.storage import Store, connect
 from heliostat.usage import Sum
@@ -76,19 +77,8 @@ def publish(store: Store, seed: int, name: str = "digits") -> registry.Version:
     torch.manual_seed(seed)
     spec = make_spec(store.uri, name)
     model = build(spec.model, Signature(input_of(FEATURES), Classes(LABELS)))
-    draft = registry.Draft(
-        name=name,
-        output=output_to_json(Classes(LABELS)),
-        features=features_to_json(FEATURES),
-        spec=dump(spec),
-        data_name=name,
-        data_version="0" * 16,
-        run=f"run-{seed}",
-        step=1,
-        code="",
-        metrics={},
-    )
-    return registry.publish(store, draft, safetensors.torch.save(model.state_dict()))
+    made = draft(name, FEATURES, Classes(LABELS), spec=dump(spec), run=f"run-{seed}")
+    return registry.publish(store, made, safetensors.torch.save(model.state_dict()))
 
 
 def publish_misfit(store: Store) -> registry.Version:
@@ -96,8 +86,8 @@ def publish_misfit(store: Store) -> registry.Version:
     good = registry.resolve(store, "digits:1")
     known = {field.name: getattr(good, field.name) for field in fields(registry.Draft)}
     larger = features_to_json(ImageFeatures(16, 16, 1, (0.5,), (0.25,)))
-    draft = registry.Draft(**known | {"features": larger, "run": "misfit"})
-    return registry.publish(store, draft, registry.load_weights(store, good))
+    made = registry.Draft(**known | {"features": larger, "run": "misfit"})
+    return registry.publish(store, made, registry.load_weights(store, good))
 
 
 def predict_offline(store: Store, ref: str) -> np.ndarray[Any, Any]:

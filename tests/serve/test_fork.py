@@ -97,6 +97,27 @@ def test_an_answer_that_breaks_off_is_a_failure_of_the_canary() -> None:
     assert counts.sums["candidate"].failures == 1
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_client_that_leaves_is_no_failure_of_the_canary(begins: bool) -> None:
+    asked = asyncio.Event()
+
+    async def stop(name: str, call: Call) -> AsyncGenerator[Message]:
+        if begins:
+            yield {"type": "http.response.start", "status": 200, "headers": []}
+        asked.set()
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        request = asyncio.ensure_future(call_app(make_fork(stop, counts), PATH, b"{}"))
+        await asked.wait()
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+    counts = Counts()
+    asyncio.run(run())
+    assert not counts.sums
+
+
 def test_a_request_that_is_refused_is_no_failure() -> None:
     counts = Counts()
     answer = Client(make_fork(ask_next, counts)).post(PATH, json={"instances": []})

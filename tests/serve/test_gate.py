@@ -284,6 +284,15 @@ def test_a_model_that_the_body_names_is_checked_as_one_of_the_path(tmp_path: Pat
     assert (bad.model, bad.status, bad.tokens_out) == ("", 403, 0)
 
 
+@pytest.mark.parametrize("model", ["a\nb", "\x1b[31m", "A", "", "../x", "a" * 64])
+def test_what_is_no_name_of_a_model_is_404_and_not_recorded(site: Site, model: str) -> None:
+    body = {"model": model, "prompt": "a"}
+    response = site.ask(site.make_token(), path="/v1/completions", json=body)
+    assert response.status_code == 404
+    check_error(response)
+    assert [(record.model, record.status) for record in site.tell()] == [("", 404)]
+
+
 def test_no_route_that_reads_the_model_from_the_body_forgets_the_key(site: Site) -> None:
     token = site.make_token(models=("people",))
     named = {rule.route for rule in RULES if not rule.pattern.groups and rule.verb != "read"}

@@ -93,6 +93,7 @@ def client() -> Iterator[OpenAI]:
 
 def test_models_are_listed(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["rays", "people", "encoder"]
+    assert client.models.retrieve("people").id == "people"
 
 
 def test_a_completion_is_what_the_engine_says(client: OpenAI) -> None:

@@ -16,8 +16,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from drafting import draft
 from heliostat import registry
-from heliostat.data.features import ImageFeatures, features_to_json
+from heliostat.data.features import ImageFeatures
 from heliostat.environment import EDGE_URL
 from heliostat.errors import HeliostatError
 from heliostat.serve import control
@@ -103,19 +104,8 @@ def store(tmp_path: Path) -> Store:
     """A registry with digits:1, which is served, and digits:2."""
     store = connect(str(tmp_path))
     for run in ("first", "second"):
-        draft = registry.Draft(
-            name="digits",
-            output={},
-            features=features_to_json(ImageFeatures(4, 4, 1, (0.5,), (0.25,))),
-            spec={},
-            data_name="digits",
-            data_version="0" * 16,
-            run=run,
-            step=1,
-            code="",
-            metrics={},
-        )
-        registry.publish(store, draft, save({"w": np.zeros(1, np.float32)}))
+        made = draft("digits", ImageFeatures(4, 4, 1, (0.5,), (0.25,)), run=run)
+        registry.publish(store, made, save({"w": np.zeros(1, np.float32)}))
     store.write(TABLE_KEY, SERVED.model_dump_json().encode())
     return store
 

@@ -174,9 +174,7 @@ def test_a_run_shrinks_when_a_node_goes(
     join_node: Callable[..., str],
     hangs: bool,
 ) -> None:
-    cpus = int(ray.cluster_resources()["CPU"])
-    marker = join_node(cpus)
-    wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus, 60)
+    cpus, marker, _ = double_the_cluster(join_node, wait_until)
     journal = tmp_path / "journal"
     # A worker takes more than half of a node, so that each node has one.
     section = {"workers": [1, 2], "cpus_per_worker": cpus - 1}
@@ -242,9 +240,7 @@ def test_a_worker_that_ray_kills_for_memory_is_named_with_the_reason(
     wait_until: Wait,
     join_node: Callable[..., str],
 ) -> None:
-    cpus = int(ray.cluster_resources()["CPU"])
-    marker = join_node(cpus, RAY_memory_usage_threshold="0.001")
-    wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus, 60)
+    cpus, marker, _ = double_the_cluster(join_node, wait_until, RAY_memory_usage_threshold="0.001")
     section = {"workers": 2, "cpus_per_worker": cpus - 1, "max_failures": 1}
     run = make_run(store, tmp_path / "journal", {}, run="fat", **section)
     with pytest.raises(HeliostatError, match=r"run fat failed 2 times.*low on memory"):
@@ -306,11 +302,13 @@ def test_a_notice_that_comes_too_late_costs_the_steps_since_the_last_checkpoint(
     np.testing.assert_allclose(weights(result), calm, atol=1e-6)
 
 
-def double_the_cluster(join_node: Callable[..., str], wait_until: Wait) -> tuple[int, str, str]:
+def double_the_cluster(
+    join_node: Callable[..., str], wait_until: Wait, **environment: str
+) -> tuple[int, str, str]:
     """The CPUs of each node, the marker of the new one's processes, and its id."""
     cpus = int(ray.cluster_resources()["CPU"])
     before = {node["NodeID"] for node in ray.nodes()}
-    marker = join_node(cpus)
+    marker = join_node(cpus, **environment)
     wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus, 60)
     (joined,) = {node["NodeID"] for node in ray.nodes()} - before
     return cpus, marker, joined

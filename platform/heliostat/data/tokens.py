@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store, connect, join
@@ -148,14 +148,18 @@ def load_tokenizer(store: Store, digest: str) -> Tokenizer:
 
 @lru_cache(maxsize=8)
 def _load_tokenizer(store: Store, digest: str) -> Tokenizer:
-    key = _key(digest)
-    data = store.read(key)
+    return parse_tokenizer(read_stored(store, digest), join(store.uri, _key(digest)))
+
+
+def read_stored(store: Store, digest: str) -> bytes:
+    """The tokenizer.json with this SHA-256 (hex), else as `load_tokenizer`."""
+    data = store.read(_key(digest))
     if sha256(data).hexdigest() != digest:
         raise HeliostatError(
-            f"{join(store.uri, key)} is not the tokenizer that was stored: delete the object and "
-            "prepare the data again"
+            f"{join(store.uri, _key(digest))} is not the tokenizer that was stored: delete the "
+            "object and prepare the data again"
         )
-    return parse_tokenizer(data, join(store.uri, key))
+    return data
 
 
 def encode_texts(
@@ -165,21 +169,18 @@ def encode_texts(
 
     There is at least one; a text of which the tokenizer keeps nothing is token 0.
     """
-    if length is None:
-        tokenizer.no_truncation()
-    else:
-        tokenizer.enable_truncation(length)
     ids: list[Ids] = []
     for part in _group(texts):
-        encoded = tokenizer.encode_batch_fast(part, add_special_tokens=length is not None)
+        encoded = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+        if length is not None:
+            encoded = [_cut(tokenizer, text, length) for text in encoded]
         ids += [np.array(text.ids or [0], np.int32) for text in encoded]
     return ids
 
 
 def locate_tokens(tokenizer: Tokenizer, text: str, length: int) -> list[Token]:
     """The tokens that `encode_texts` gives for one text, each with its place in the text."""
-    tokenizer.enable_truncation(length)
-    encoded = tokenizer.encode(text)
+    encoded = _cut(tokenizer, tokenizer.encode(text, add_special_tokens=False), length)
     found = zip(
         encoded.ids, encoded.tokens, encoded.offsets, encoded.special_tokens_mask, strict=True
     )
@@ -207,6 +208,15 @@ def pack(documents: Sequence[Ids], length: int, end: int) -> tuple[Ids, list[tup
 def find_targets(blocks_NT: NDArray[Any], end: int) -> tuple[NDArray[np.bool_], NDArray[Any]]:
     """Which tokens (N, T - 1) are followed by one to predict, and what follows every token."""
     return blocks_NT[:, :-1] != end, blocks_NT[:, 1:]
+
+
+def _cut(tokenizer: Tokenizer, text: Encoding, length: int) -> Encoding:
+    """The first tokens and the marks, `length` in all.
+
+    The tokenizer itself is told of no length: models of several lengths share it, and threads do.
+    """
+    text.truncate(length - tokenizer.num_special_tokens_to_add(False))
+    return tokenizer.post_process(text)
 
 
 def _group(texts: Sequence[str]) -> Iterator[list[str]]:

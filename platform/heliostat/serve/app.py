@@ -5,6 +5,7 @@ from datetime import datetime
 
 from pydantic_core import to_json
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,10 +16,19 @@ from heliostat.serve import embeddings, explain, openai, openapi, predict, v2
 from heliostat.serve.door import Door, Limits
 from heliostat.serve.gate import visit_of
 from heliostat.serve.identity import Identity
-from heliostat.serve.openapi import TEXT, Paths, a_list, an_object, operation
+from heliostat.serve.openapi import (
+    TEXT,
+    WHOLE,
+    Paths,
+    a_list,
+    an_object,
+    name_parameter,
+    operation,
+)
 from heliostat.serve.replies import ERROR_HANDLERS, reply
 from heliostat.serve.shelf import Shelf
 from heliostat.signature import Classes, NextToken, Numbers, output_from_json
+from heliostat.spec import NAME_PATTERN
 
 PROTOCOLS = (
     predict.list_routes,
@@ -34,6 +44,21 @@ PATHS = (
     openai.list_paths,
     embeddings.list_paths,
 )
+
+
+class ModelName(Convertor[str]):
+    """A name in a path, which ends where a verb begins: `digits` in `digits:predict`."""
+
+    regex = NAME_PATTERN.pattern
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("model", ModelName())
 
 
 def build_app(shelf: Shelf, limits: Limits) -> Starlette:
@@ -53,6 +78,10 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
         }
         return reply(to_json(listed))
 
+    async def describe_model(request: Request) -> Response:
+        version = shelf.find(request.path_params["name"])
+        return reply(to_json(describe(version) | describe_briefly(version)))
+
     async def describe_api(request: Request) -> Response:
         may_use = visit_of(request).may_use
         versions = [shelf.find(name) for name in shelf.models if may_use(name)]
@@ -63,6 +92,7 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
         Route("/healthz", healthz),
         Route("/openapi.json", describe_api),
         Route("/v1/models", list_models),
+        Route("/v1/models/{name:model}", describe_model),
         *(route for list_routes in PROTOCOLS for route in list_routes(shelf, door)),
     ]
     named = Middleware(Identity)
@@ -89,6 +119,12 @@ def describe_briefly(version: Version) -> dict[str, object]:
 
 def list_own_paths(versions: Sequence[Version]) -> Paths:
     models = a_list({"type": "object", "required": ["name", "version"]})
+    model = operation(
+        "What a model predicts, and its version",
+        an_object(name=TEXT, version=WHOLE, id=TEXT, object=TEXT, created=WHOLE, owned_by=TEXT),
+        name="describe_model",
+        parameters=[name_parameter(versions)],
+    )
     health = operation("Whether the server runs", an_object(status=TEXT), name="health")
     served = operation("What is served", an_object(models=models), name="list_models")
     document = operation("This document", {"type": "object"}, name="describe_api")
@@ -96,4 +132,5 @@ def list_own_paths(versions: Sequence[Version]) -> Paths:
         "/healthz": {"get": health},
         "/openapi.json": {"get": document},
         "/v1/models": {"get": served},
+        "/v1/models/{name}": {"get": model},
     }

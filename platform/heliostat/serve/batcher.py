@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ Compute = Callable[[Columns], Rows]
 INLINE_SECONDS = 0.001  # to another thread and back costs a request more than waiting for so long
 BATCH_SECONDS = 0.02
 MAX_ROWS = 1024
+PIECE_ROWS = 16
 RECENT = 0.2  # the weight of the newest measurement, once there are some
 
 
@@ -45,14 +47,24 @@ class Batcher:
         self._running = False
 
     async def run(self, columns: Columns, rows: int) -> Rows:
-        """What `compute` says of these rows; what it raises for them is raised here."""
+        """What `compute` says of these rows; what it raises for them is raised here.
+
+        Many rows are computed in pieces, as many at once as others' are: they take no more memory,
+        and those of who has left are not computed.
+        """
+        if rows <= PIECE_ROWS:
+            return await self._submit(columns, rows)
+        pieces = [self._submit(*piece) for piece in cut(columns, rows)]
+        return np.concatenate(await asyncio.gather(*pieces))
+
+    def _submit(self, columns: Columns, rows: int) -> "asyncio.Future[Rows]":
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Rows] = loop.create_future()
         self._waiting.append(Waiting(columns, rows, answer))
         if not self._running:
             self._running = True
             loop.call_soon(self._start, loop)
-        return await answer
+        return answer
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         batch = self._take()
@@ -107,26 +119,35 @@ class Batcher:
                 one.answer.set_result(outcome)
 
 
+def cut(columns: Columns, rows: int) -> Iterator[tuple[Columns, int]]:
+    """The rows in pieces of at most PIECE_ROWS, and how many each has."""
+    for start in range(0, rows, PIECE_ROWS):
+        stop = min(start + PIECE_ROWS, rows)
+        yield {name: values[start:stop] for name, values in columns.items()}, stop - start
+
+
 def compute_together(compute: Compute, batch: list[Waiting]) -> Iterator[Rows | Exception]:
     """The rows of each; if the batch fails, each alone, so that one cannot fail its neighbours."""
+    together = _try(compute, batch)
     if len(batch) == 1:
-        yield _try(compute, batch[0].columns)
-        return
-    names = batch[0].columns
-    together = _try(
-        compute, {name: np.concatenate([one.columns[name] for one in batch]) for name in names}
-    )
-    if isinstance(together, Exception):
-        yield from (_try(compute, one.columns) for one in batch)
-        return
-    end = 0
-    for one in batch:
-        end += one.rows
-        yield together[end - one.rows : end]
+        yield together
+    elif isinstance(together, Exception):
+        yield from (_try(compute, [one]) for one in batch)
+    else:
+        ends = accumulate(one.rows for one in batch)
+        yield from (together[end - one.rows : end] for one, end in zip(batch, ends, strict=True))
 
 
-def _try(compute: Compute, columns: Columns) -> Rows | Exception:
+def _try(compute: Compute, batch: list[Waiting]) -> Rows | Exception:
     try:
-        return compute(columns)
+        return compute(_join([one.columns for one in batch]))
     except Exception as error:  # raised again by `run`
         return error
+
+
+def _join(several: list[Columns]) -> Columns:
+    """The rows of all, one after another; those of one as they are."""
+    first, *others = several
+    if not others:
+        return first
+    return {name: np.concatenate([columns[name] for columns in several]) for name in first}

@@ -93,7 +93,7 @@ def read_texts(served: Served, texts: tuple[str, ...]) -> list[NDArray[np.int32]
         message = f"{served.version.ref} is no encoder of texts: it has no embeddings"
         raise Refusal(422, message, "model")
     return [
-        read_text(served.reader, text, features.length, f"input[{i}]")
+        read_text(served.predictor.tokenizer, text, features.length, f"input[{i}]")
         for i, text in enumerate(texts)
     ]
 

@@ -87,7 +87,7 @@ class Fork:
 
     async def _forward(self, name: str, call: Call, visit: Visit, send: Send) -> bool:
         """Let the candidate answer; whether it has begun to."""
-        began = time.perf_counter()
+        began, counts = time.perf_counter(), True
         answered = _Seen(send)
         try:
             async with (
@@ -104,13 +104,17 @@ class Fork:
                         await answered.send(message)
                     else:
                         break
+        except asyncio.CancelledError:  # the client has left, which says nothing of the candidate
+            counts = False
+            raise
         except Exception as error:  # whatever a candidate does, the version served answers
             logger.warning("the candidate of %s failed: %s", name, error)
             if answered.begun:
                 raise
         finally:
-            failed = not answered.ended
-            self._count(name, "candidate", tally(failed, time.perf_counter() - began))
+            if counts:
+                failed = not answered.ended
+                self._count(name, "candidate", tally(failed, time.perf_counter() - began))
         return answered.begun
 
     async def _shadow(self, name: str, candidate: Candidate, call: Call, served: Answer) -> None:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from heliostat.keys import ANY, VERBS, Key, Limits, make_clock
 from heliostat.serve.desk import Desk
-from heliostat.serve.replies import Refusal, fail
+from heliostat.serve.replies import NO_MODEL, Refusal, fail
 from heliostat.spec import NAME_PATTERN
 from heliostat.usage import Record
 
@@ -94,10 +94,12 @@ class Visit:
         """Name the model that the body asks for, before anything says whether it is there.
 
         Raises:
-            Refusal: 403, the key has no right to it.
+            Refusal: 403, the key has no right to it; 404, it is no name of a model.
         """
         if not self.may_use(model):
             raise Refusal(403, NO_RIGHT)
+        if not NAME_PATTERN.fullmatch(model):
+            raise Refusal(404, NO_MODEL)
         self.model = model
 
     def count(self, *, rows: int = 0, tokens_in: int = 0, tokens_out: int = 0) -> None:

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 JSON_TYPE = "application/json"
 MAX_TEXT_CHARS = 400
+NO_MODEL = "there is no such model"
 ERROR_TYPES = {
     400: "bad_request",
     401: "unauthorized",

@@ -16,14 +16,13 @@ from pydantic_core import to_json
 
 from heliostat import examples
 from heliostat.data.features import BlockFeatures, features_from_json
-from heliostat.data.tokens import parse_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import Predictor, embed, load_predictor, predict
 from heliostat.registry import Version
 from heliostat.serve.batcher import Batcher
 from heliostat.serve.language import Language, Room, load_language
 from heliostat.serve.protocol import parse_body, render_predictions, zero_instance
-from heliostat.serve.replies import JSON_TYPE, Refusal
+from heliostat.serve.replies import JSON_TYPE, NO_MODEL, Refusal
 from heliostat.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -51,11 +50,6 @@ class Served:
     @cached_property
     def batcher(self) -> Batcher:
         return Batcher(self.compute, COMPUTE_POOL)
-
-    @cached_property
-    def reader(self) -> Any:
-        """The tokenizer of a model of texts, which does not cut them as that of `predict` does."""
-        return parse_tokenizer(self.predictor.tokenizer.to_str().encode(), self.version.ref)
 
     @cached_property
     def embedder(self) -> Batcher:
@@ -175,7 +169,7 @@ class Shelf:
         for version in self.models.get(name, ()):
             if number in (None, version.number):
                 return version
-        raise Refusal(404, "there is no such model")
+        raise Refusal(404, NO_MODEL)
 
     async def _fetch(self, version: Version) -> Loaded:
         loop = asyncio.get_running_loop()

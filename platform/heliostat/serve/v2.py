@@ -37,7 +37,7 @@ from heliostat.serve.openapi import (
     operation,
 )
 from heliostat.serve.protocol import check_finite, count_rows
-from heliostat.serve.replies import JSON_TYPE, Refusal, reply
+from heliostat.serve.replies import JSON_TYPE, NO_MODEL, Refusal, reply
 from heliostat.serve.shelf import Served, Shelf
 from heliostat.serve.tensors import (
     BYTES,
@@ -172,7 +172,7 @@ def _wanted(request: Request) -> tuple[str, int | None]:
     if number is None:
         return name, None
     if not re.fullmatch(NUMBER, number):
-        raise Refusal(404, "there is no such model")
+        raise Refusal(404, NO_MODEL)
     return name, int(number)
 
 

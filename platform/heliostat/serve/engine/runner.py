@@ -120,8 +120,8 @@ class Runner:
             logger.exception("the engine failed")
             self._call(_fail, self.engine.clear())
         with self._lock:
-            self._stepping = not self.engine.idle
-        if self._stepping:
+            self._stepping = goes_on = not self.engine.idle
+        if goes_on:
             self._pool.submit(self._step)
 
     def _call(self, function: Callable[[Any], None], value: Any) -> None:

@@ -1,0 +1,71 @@
+"""What the commands have in common: how one is added, and the options of many."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from heliostat.storage import Store
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run: TypeAlias = Callable[[argparse.Namespace], int | None]
+
+STORE_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_PROFILE")
+
+
+def add_command(
+    commands: Commands, name: str, run: Run, summary: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    parser = _add_parser(commands, name, run, summary, examples)
+    parser.add_argument(
+        "--home", metavar="DIR", help="the cluster's home (default: HELIOSTAT_HOME, ~/.heliostat)"
+    )
+    return parser
+
+
+def add_subcommand(
+    commands: Commands, name: str, run: Run, summary: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """One below a command with `--root`, `--json` and `--home`, which may stand before or after."""
+    parser = _add_parser(commands, name, run, summary, examples)
+    # SUPPRESS keeps what was given before the subcommand.
+    parser.add_argument("--root", default=argparse.SUPPRESS, metavar="URI", help="where it is")
+    parser.add_argument("--json", default=argparse.SUPPRESS, action="store_true", help="print JSON")
+    parser.add_argument("--home", default=argparse.SUPPRESS, metavar="DIR", help="as above")
+    return parser
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", default="s3://heliostat", metavar="URI", help="where it is")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ref", metavar="REF", help="NAME:NUMBER, NAME@ALIAS or NAME (its newest)")
+
+
+def open_store(options: argparse.Namespace) -> "Store":
+    """The store at `--root`, at the laptop cluster of `--home` if no variable names another."""
+    from heliostat import local, storage
+
+    if not any(name in os.environ for name in STORE_VARIABLES):
+        cluster = local.find(local.locate(options.home))
+        os.environ.update(cluster.env if cluster else {})
+    return storage.connect(options.root)
+
+
+def _add_parser(
+    commands: Commands, name: str, run: Run, summary: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n  ".join(["examples:", *examples]),
+    )
+    parser.set_defaults(run=run)
+    return parser
