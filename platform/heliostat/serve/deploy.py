@@ -285,7 +285,7 @@ def _serve_all(store: Store, table: Table, asked: Collection[str]) -> list[dict[
 
 def _contend(store: Store, table: Table) -> dict[str, dict[str, Any]]:
     """An application for the candidate of each model that has one; it has no route."""
-    options = {"ray_actor_options": {"num_cpus": table.deploy.cpus_per_replica}}
+    options = {"ray_actor_options": _reserve(table.deploy)}
     replicas = {"name": Contender.__name__, "num_replicas": 1, **options}
     return {
         name: {
@@ -313,6 +313,8 @@ def _application(
         request_timeout_s=deploy.request_timeout_s,
         max_streams=deploy.max_streams,
         max_context=deploy.max_context,
+        vllm=deploy.vllm if deploy.engine == "vllm" else None,
+        gpus=deploy.gpus_per_replica,
         auth=deploy.auth,
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
@@ -327,7 +329,7 @@ def _application(
 
 def _scale(deploy: DeploySpec) -> dict[str, Any]:
     """A fixed number of replicas, or as many as the requests that are inside ask for."""
-    options = {"ray_actor_options": {"num_cpus": deploy.cpus_per_replica}}
+    options = {"ray_actor_options": _reserve(deploy)}
     if isinstance(deploy.replicas, int):
         return {"num_replicas": deploy.replicas, **options}
     fewest, most = deploy.replicas
@@ -338,6 +340,11 @@ def _scale(deploy: DeploySpec) -> dict[str, Any]:
         "target_ongoing_requests": deploy.target_requests,
     }
     return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
+
+
+def _reserve(deploy: DeploySpec) -> dict[str, float]:
+    """What of a node a replica has to itself."""
+    return {"num_cpus": deploy.cpus_per_replica, "num_gpus": deploy.gpus_per_replica}
 
 
 def _say_replicas(deploy: DeploySpec) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
-from heliostat.spec.deploy import CandidateSpec, DeploySpec
+from heliostat.spec.deploy import CandidateSpec, DeploySpec, VllmSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -65,6 +65,7 @@ __all__ = [
     "SyntheticSpec",
     "TextSpec",
     "TrainSpec",
+    "VllmSpec",
     "check_name",
     "digest",
     "dump",
@@ -90,7 +91,7 @@ class PredictSpec(Section):
     """`source` holds the rows; of them the share `max_bad` may be such that cannot be used."""
 
     source: str | None = None
-    format: Literal["auto", "images", "csv", "parquet"] = "auto"
+    format: Literal["auto", "images", "idx", "csv", "parquet", "series"] = "auto"
     version: Positive | None = None
     batch: Positive = 512
     workers: Positive = 2
