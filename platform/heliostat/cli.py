@@ -279,6 +279,10 @@ def revoke_key(options: argparse.Namespace) -> None:
 def show_usage(options: argparse.Namespace) -> None:
     from heliostat import usage
 
+    if options.prune_before:
+        count = usage.prune(_open_store(options), options.prune_before)
+        print(f"{count:,} objects with records of days before {options.prune_before} were deleted")
+        return
     sums = usage.summarise(_open_store(options), options.by, options.since)
     if options.json:
         print(json.dumps(sums, default=asdict))
@@ -549,11 +553,18 @@ def _add_key_commands(commands: Any) -> None:
         "usage",
         show_usage,
         "add up what was used: requests, errors, rows, tokens, seconds",
-        ["heliostat usage", "heliostat usage --by day --since 2026-11-01 --json"],
+        [
+            "heliostat usage",
+            "heliostat usage --by day --since 2026-11-01 --json",
+            "heliostat usage --prune-before 2026-01-01",
+        ],
     )
     command.add_argument("--root", default="s3://heliostat", metavar="URI", help="where it is")
     command.add_argument("--by", default="key", choices=("key", "model", "day"))
     command.add_argument("--since", type=_parse_day, metavar="DAY", help="YYYY-MM-DD, in UTC")
+    command.add_argument(
+        "--prune-before", type=_parse_day, metavar="DAY", help="delete the records of days before"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from heliostat import registry
 from heliostat.archive import store_code
 from heliostat.data.features import BlockFeatures, features_from_json
+from heliostat.edge import MIB, Limits
 from heliostat.environment import EDGE_HOST
 from heliostat.errors import HeliostatError
 from heliostat.serve.control import HTTP_OPTIONS, Serve, await_running, find_url
@@ -56,6 +57,7 @@ def deploy(store: Store, name: str, how: DeploySpec) -> str:
         HeliostatError: the version is unknown or damaged, its replicas did not start, or as a
             candidate it was worse.
     """
+    check_body(how)
     version = registry.resolve(store, reference(name, how.version))
     registry.load_weights(store, version)
     client = Serve()
@@ -204,6 +206,16 @@ def check_auth(deploy: DeploySpec, details: dict[str, Any]) -> None:
                 f"on and make keys with `heliostat keys create`, or let {what} listen on 127.0.0.1"
             )
     print("WARNING: deploy.auth is off: every program of this machine may ask", flush=True)
+
+
+def check_body(deploy: DeploySpec) -> None:
+    """Raises HeliostatError: replicas would take larger bodies than the edge lets pass."""
+    most = Limits().max_body_bytes
+    if deploy.max_body_mib * MIB > most:
+        raise HeliostatError(
+            f"deploy.max_body_mib is {deploy.max_body_mib:g}, the edge lets {most // MIB} MiB pass:"
+            " give no more than that, and run `jobs/predict.py` over what is larger"
+        )
 
 
 def roll_out(store: Store, client: Serve) -> None:
