@@ -1,5 +1,6 @@
 """Batch prediction: every row once, as offline, whatever interrupts it."""
 
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from heliostat.batch import (
     predict_all,
     predict_unit,
 )
+from heliostat.data.encoding import stack_series
 from heliostat.data.tokens import store_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, predict
@@ -40,6 +42,7 @@ MODELS = {
     "prices": {"kind": "mlp", "hidden": [8]},
     "ratings": {"kind": "recsys", "embedding": 4, "hidden": [8]},
     "mails": {"kind": "encoder", "layers": 1, "width": 8, "heads": 2},
+    "sounds": {"kind": "rnn", "width": 6},
 }
 CSV = b"job,age,note\ncook,41,a\nsmith,,b\npilot,x,c\ncook,3\ncook,7,d\n"
 PEOPLE = {"a.csv": CSV, "b/c.csv": b"note,age,job\nz,50,cook\n", "b/d.csv": b"age,job,note\n"}
@@ -134,6 +137,62 @@ def test_numbers_stand_in_columns_and_a_required_one_may_not_be_missing(tmp_path
     assert problem == "column age is missing, and training saw no row without it"
     store, pieces = run(tmp_path / "other", "prices", PEOPLE)
     assert set(read(store, pieces)[0]) == {"source", "row", "y.low", "y.high"}
+
+
+def make_idx(values: np.ndarray[Any, Any]) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    return bytes((0, 0, 8, values.ndim)) + sizes + values.astype(np.uint8).tobytes()
+
+
+def test_idx_files_are_read_with_or_without_their_labels(tmp_path: Path) -> None:
+    pixels = np.arange(5 * 16).reshape(5, 4, 4) * 3
+    files = {
+        "a-images-idx3-ubyte": make_idx(pixels),
+        "a-labels-idx1-ubyte": make_idx(np.zeros(5)),
+        "b/images.idx3-ubyte.gz": gzip.compress(make_idx(pixels[:2])),
+    }
+    store, pieces = run(tmp_path, "shapes", files)
+    rows = read(store, pieces)
+    assert [(row["source"], row["row"]) for row in rows] == [
+        *(("a-images-idx3-ubyte", number) for number in range(5)),
+        *(("b/images.idx3-ubyte.gz", number) for number in range(2)),
+    ]
+    offline = predict(
+        EVERY["shapes"].predictor, {"image": pixels[..., np.newaxis].astype(np.uint8)}
+    )
+    found = [row["probabilities"] for row in rows]
+    assert np.allclose(found, np.concatenate([offline, offline[:2]]), atol=1e-6)
+    with pytest.raises(HeliostatError, match="labels alone: give IDX files of images"):
+        run(tmp_path / "other", "shapes", {"labels-idx1-ubyte": make_idx(np.zeros(3))})
+
+
+SERIES_HEADER = "@problemName x\n@timeStamps false\n@classLabel {}\n@data\n"
+
+
+def test_series_are_read_with_or_without_their_labels(tmp_path: Path) -> None:
+    cases = ["1,2,3:4,5,6", "7,?:8,9", "1,2", "1,2,3,4,5,6,7:1,2,3,4,5,6,7", "x:1"]
+    plain = SERIES_HEADER.format("false") + "\n".join(cases)
+    labelled = SERIES_HEADER.format("true a b") + "\n".join(f"{case}:a" for case in cases)
+    files = {"a.ts": plain.encode(), "b.ts": labelled.encode()}
+    store, pieces = run(tmp_path, "sounds", files)
+    rows = read(store, pieces)
+    assert [(row["source"], row["row"]) for row in rows] == [
+        (key, row) for key in ("a.ts", "b.ts") for row in (0, 1)
+    ]
+    series = [[[1, 4], [2, 5], [3, 6]], [[7, 8], [np.nan, 9]]]
+    columns = {"series": stack_series([np.array(one, np.float32) for one in series])}
+    offline = predict(EVERY["sounds"].predictor, columns)
+    found = [row["probabilities"] for row in rows]
+    assert np.allclose(found, np.concatenate([offline, offline]), atol=1e-6)
+    assert read_bad(store) == {
+        (key, row): problem
+        for key in ("a.ts", "b.ts")
+        for row, problem in (
+            (2, "1 channels instead of 2"),
+            (3, "7 steps, the model reads 6"),
+            (4, "a value is not a number"),
+        )
+    }
 
 
 def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
@@ -254,7 +313,8 @@ def test_too_many_bad_rows_are_a_sentence(planned: tuple[Plan, Any]) -> None:
     [
         ("people", {"a.png": b"x"}, "holds images, but people:1 takes csv or parquet"),
         ("people", {"a.csv": b"age\n1\n"}, "has no column job"),
-        ("shapes", {"a.csv": CSV}, "holds csv, but shapes:1 takes images"),
+        ("shapes", {"a.csv": CSV}, "holds csv, but shapes:1 takes images or idx"),
+        ("sounds", {"a.csv": CSV}, "holds csv, but sounds:1 takes series"),
     ],
 )
 def test_what_does_not_suit_is_a_sentence(

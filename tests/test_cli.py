@@ -318,6 +318,10 @@ def test_usage_adds_up_by_what_is_asked(tmp_path: Path, capsys: pytest.CaptureFi
     assert [row.split()[:4] for row in rows] == [["2001-09-10", "1", "0", "3"]]
     with pytest.raises(SystemExit, match="2"):
         cli.main(["usage", *root, "--since", "yesterday"])
+    capsys.readouterr()
+    assert cli.main(["usage", *root, "--prune-before", "2001-09-10"]) == 0
+    assert capsys.readouterr().out.startswith("1 objects with records of days before 2001-09-10")
+    assert list(usage.summarise(storage.connect(str(tmp_path)), "day")) == ["2001-09-10"]
 
 
 @pytest.mark.cluster

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from heliostat import keys
 from heliostat.errors import HeliostatError
 from heliostat.keys import VERBS, Keyring, Limits, create, follow, list_keys, make_clock, revoke
+from heliostat.spec import parse_options
 from heliostat.storage import Store, connect
 
 
@@ -228,3 +229,12 @@ def test_only_limits_that_are_set_are_allowances(store: Store) -> None:
         ("requests", 2.0, 1.0),
         ("rows", 7.0, None),
     ]
+
+
+def test_a_limit_that_is_none_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(HeliostatError) as refused:
+        parse_options(Limits, ("nope=3",))
+    assert str(refused.value) == (
+        "the command line: nope: unknown key, known are requests_per_second, tokens_per_minute, "
+        "tokens_per_month, rows_per_month"
+    )

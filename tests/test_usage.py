@@ -134,6 +134,18 @@ def test_a_day_is_left_out_by_its_name(store: Store) -> None:
     assert {day: one.requests for day, one in found.items()} == {"2026-11-22": 1, "2026-11-23": 1}
 
 
+def test_what_is_pruned_are_whole_days_and_no_budget(store: Store) -> None:
+    meter = make_meter(store)
+    meter.add([make_record(day=day, rows=3) for day in (-2, -1, 0)])
+    meter.flush()
+    store.write("usage/day=2026-11-20/notes.txt", b"not a part")
+    assert usage.prune(store, date(2026, 11, 22)) == 2
+    assert list(summarise(store, "day")) == ["2026-11-22"]
+    assert usage.prune(store, date(2026, 11, 22)) == 0
+    assert make_meter(store).count_used("k", "rows", "2026-11") == 9
+    assert store.stat("usage/day=2026-11-20/notes.txt")
+
+
 def test_a_bucket_that_takes_nothing_costs_a_bounded_memory(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,11 @@ def make_language(
     )
 
 
+def engine_of(language: Language) -> Engine:
+    assert isinstance(language.runner, Runner)
+    return language.runner.engine
+
+
 def publish(store: Store, weights: dict[str, Tensor]) -> Version:
     """rays:1 with these weights; the store has TOKENIZER already."""
     features = BlockFeatures(

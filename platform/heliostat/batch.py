@@ -28,6 +28,7 @@ from heliostat.data.features import (
     Features,
     ImageFeatures,
     NumericColumn,
+    SeriesFeatures,
     TableFeatures,
     TextFeatures,
     features_from_json,
@@ -36,6 +37,7 @@ from heliostat.data.pipeline import FORMS, quiet_ray_data
 from heliostat.data.raw import (
     ImageLayout,
     Layout,
+    SeriesLayout,
     Source,
     TableLayout,
     TextLayout,
@@ -52,7 +54,8 @@ from heliostat.storage import Store, connect
 
 FORMAT = 1
 SUITED = {
-    ImageFeatures: ("images",),
+    ImageFeatures: ("images", "idx"),
+    SeriesFeatures: ("series",),
     TableFeatures: ("csv", "parquet"),
     TextFeatures: ("text",),
 }
@@ -132,7 +135,7 @@ def make_plan(store: Store, version: registry.Version, spec: RunSpec) -> tuple[S
     forms = SUITED.get(type(features), ())
     if not forms:
         raise HeliostatError(
-            f"{version.ref} cannot be run over a bucket: images, tables and texts can be"
+            f"{version.ref} cannot be run over a bucket: a language model answers no rows"
         )
     source = find_source(data)
     if source.form not in forms:
@@ -154,9 +157,10 @@ def make_plan(store: Store, version: registry.Version, spec: RunSpec) -> tuple[S
 def list_units(source: Source) -> list[Unit]:
     """Whole files, with the etags that the listing has of them."""
     etags = {entry.key: entry.etag for entry in source.entries}
+    form = FORMS[source.form]
     return [
         {**unit, "etags": {key: etags[key] for key in _keys(unit)}}
-        for unit in FORMS[source.form].split(source)
+        for unit in (form.split_plain or form.split)(source)
     ]
 
 
@@ -340,6 +344,8 @@ def _lay_out(features: Features, data: DataSpec) -> Layout:
     match features:
         case ImageFeatures(height, width, channels):
             return ImageLayout(height, width, channels, labelled=False)
+        case SeriesFeatures(length, channels):
+            return SeriesLayout(length, channels, labelled=False)
         case TextFeatures(length=length):
             return TextLayout(True, length, data.text.column, None)
         case TableFeatures(columns):
@@ -402,7 +408,9 @@ def _width(output: Output) -> int:
 
 
 def _keys(unit: Unit) -> list[str]:
-    return [unit["key"]] if "key" in unit else [key for key, _ in unit["files"]]
+    if "files" in unit:
+        return [key for key, _ in unit["files"]]
+    return [unit["key"] if "key" in unit else unit["images"]]
 
 
 def _check_unchanged(source: Store, unit: Unit) -> None:

@@ -34,6 +34,7 @@ ERRORS = {
     404: ("not_found", "there is no such route"),
     405: ("method_not_allowed", f"only {', '.join(METHODS)} are answered"),
     408: ("timeout", "the request did not arrive whole in time"),
+    409: ("conflict", "the same request is being answered"),
     413: ("body_too_large", "the body is too large"),
     414: ("bad_request", "the URL is too long"),
     415: ("unsupported_media_type", "this content type is not read"),

@@ -40,25 +40,44 @@ def check(store: Store, version: Version, predictor: Predictor) -> float | None:
     Raises:
         HeliostatError: it answers otherwise than when it was published.
     """
+    rows, expected = read(store, version)
+    if rows is None:
+        return None
+    compare(version, _answer(predictor, to_columns(predictor.features, rows)), expected)
+    return _time(predictor, to_columns(predictor.features, rows.slice(0, 1)))
+
+
+def read(store: Store, version: Version) -> tuple[pa.Table | None, NDArray[np.float32]]:
+    """The rows of the examples and the answers (rows, values) expected; None if there are none.
+
+    Raises:
+        HeliostatError: they are damaged.
+    """
     try:
         rows = pq.read_table(io.BytesIO(store.read(_key(version))))
     except Missing:
-        return None
+        return None, np.empty((0, 0), np.float32)
     except (pa.ArrowException, OSError) as error:
         raise HeliostatError(
             f"{store.uri}/{_key(version)}, the examples of {version.ref}, is damaged: delete the "
             "object to deploy without them"
         ) from error
-    expected = np.array(rows[EXPECTED].to_pylist(), np.float32)
-    rows = rows.drop_columns([EXPECTED])
-    found = _answer(predictor, to_columns(predictor.features, rows))
-    if found.shape != expected.shape or not np.allclose(found, expected, RTOL, ATOL):
+    return rows.drop_columns([EXPECTED]), np.array(rows[EXPECTED].to_pylist(), np.float32)
+
+
+def compare(
+    version: Version,
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    rtol: float = RTOL,
+) -> None:
+    """Raises HeliostatError: what was found is not what was expected."""
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol, ATOL):
         differs = "in shape" if found.shape != expected.shape else _say(found, expected)
         raise HeliostatError(
             f"{version.ref} answers its examples otherwise than when it was published ({differs}): "
             "deploy another version"
         )
-    return _time(predictor, to_columns(predictor.features, rows.slice(0, 1)))
 
 
 def _answer(predictor: Predictor, columns: Columns) -> NDArray[np.float32]:

@@ -188,6 +188,21 @@ def summarise(store: Store, by: str, since: date | None = None) -> dict[str, Sum
     return dict(sorted(sums.items()))
 
 
+def prune(store: Store, before: date) -> int:
+    """Delete the records of the days before `before`; how many objects that were.
+
+    The sums of the months stay, which budgets are counted by.
+    """
+    old = [
+        entry.key
+        for entry in store.list(f"{PREFIX}day=")
+        if (match := PART_KEY.fullmatch(entry.key)) and match[1] < before.isoformat()
+    ]
+    for key in old:
+        store.delete(key)
+    return len(old)
+
+
 def encode(records: list[Record]) -> bytes:
     """Parquet of `SCHEMA`."""
     columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True))

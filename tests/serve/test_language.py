@@ -13,7 +13,7 @@ from heliostat.serve.engine.ask import Ask, Sampling
 from heliostat.serve.language import Language, Room
 from heliostat.serve.shelf import load
 from heliostat.storage import Store
-from writing import LENGTH, NETWORKS, SPECS, TOKENIZER, VOCABULARY, make_engine, publish
+from writing import LENGTH, NETWORKS, SPECS, TOKENIZER, VOCABULARY, engine_of, make_engine, publish
 
 POOL = ThreadPoolExecutor(1)
 
@@ -30,7 +30,7 @@ def test_a_published_version_is_loaded_as_an_engine(store: Store) -> None:
     loaded = load(store, version, Room(streams=2, context=32))
     assert isinstance(loaded, Language)
     ask = Ask((5, 6), 12, frozenset(), Sampling(0.0))
-    assert loaded.runner.engine.generate([ask]) == make_engine().generate([ask])
+    assert engine_of(loaded).generate([ask]) == make_engine().generate([ask])
     assert loaded.context == 32
     assert load(store, version, Room()).size > loaded.size
 

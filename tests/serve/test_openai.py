@@ -30,7 +30,7 @@ from heliostat.signature import Signature
 from heliostat.spec import EncoderSpec
 from serving import LIMITS, OUTPUT, Client, check_error, serve
 from serving import TABLE as PEOPLE
-from writing import BLOCKS, LENGTH, VOCAB, make_engine, make_language
+from writing import BLOCKS, LENGTH, VOCAB, engine_of, make_engine, make_language
 
 PROMPT = "a field of mirrors"
 LANGUAGE = make_language()
@@ -401,7 +401,7 @@ class Held:
 
 def hold(language: Language) -> Held:
     held = Held()
-    language.runner._pool = held  # type: ignore[assignment]
+    language.runner._pool = held  # type: ignore[attr-defined]
     return held
 
 
@@ -422,11 +422,11 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(stream: bool) -> None
             await asyncio.sleep(0)
         if stream:
             await reader.first.wait()
-        assert language.runner.engine.scheduler.running
+        assert engine_of(language).scheduler.running
         reader.left.set()
         await call
         pool.step()
-        assert not language.runner.engine.scheduler.running
+        assert not engine_of(language).scheduler.running
         assert not pool.held
 
     asyncio.run(run())
@@ -468,7 +468,7 @@ def test_more_than_may_wait_is_429_and_the_next_one_is_answered() -> None:
 def test_an_engine_that_fails_fails_its_requests_and_goes_on() -> None:
     language = make_language()
     client = Client(make_app(language))
-    engine = language.runner.engine
+    engine = engine_of(language)
     body = {"model": "rays", "prompt": "x", "max_tokens": 2}
     layers = engine.decoder.layers
     engine.decoder.layers = []

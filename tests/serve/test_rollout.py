@@ -164,6 +164,16 @@ def test_without_keys_it_warns_and_is_refused_where_others_can_reach_it(
     assert "WARNING" not in capsys.readouterr().out
 
 
+def test_larger_bodies_than_the_edge_lets_pass_are_refused(
+    store: Store, serve: type[FakeServe]
+) -> None:
+    serve.settle = lambda configs: RUNNING
+    with pytest.raises(HeliostatError, match=r"max_body_mib is 16\.5, the edge lets 16 MiB pass"):
+        deploy(second(store, max_body_mib=16.5))
+    assert read_table(store) == SERVED
+    deploy(second(store, max_body_mib=16.0))
+
+
 def test_a_version_that_cannot_start_is_taken_back_with_its_reason(
     store: Store, serve: type[FakeServe]
 ) -> None:

@@ -15,17 +15,28 @@ def add_commands(commands: Commands) -> None:
         "usage",
         show_usage,
         "add up what was used: requests, errors, rows, tokens, seconds",
-        ["heliostat usage", "heliostat usage --by day --since 2026-11-01 --json"],
+        [
+            "heliostat usage",
+            "heliostat usage --by day --since 2026-11-01 --json",
+            "heliostat usage --prune-before 2026-01-01",
+        ],
     )
     add_root(command)
     command.add_argument("--by", default="key", choices=("key", "model", "day"))
     command.add_argument("--since", type=_parse_day, metavar="DAY", help="YYYY-MM-DD, in UTC")
+    command.add_argument(
+        "--prune-before", type=_parse_day, metavar="DAY", help="delete the records of days before"
+    )
     add_json(command)
 
 
 def show_usage(options: argparse.Namespace) -> None:
     from heliostat import usage
 
+    if options.prune_before:
+        count = usage.prune(open_store(options), options.prune_before)
+        print(f"{count:,} objects with records of days before {options.prune_before} were deleted")
+        return
     sums = usage.summarise(open_store(options), options.by, options.since)
     if options.json:
         print(json.dumps(sums, default=asdict))

@@ -159,6 +159,19 @@ def _split_idx(source: Source) -> list[Unit]:
     return [{"images": images[pair], "labels": labels[pair]} for pair in sorted(images)]
 
 
+def _split_plain_idx(source: Source) -> list[Unit]:
+    """The files of images; labels that lie beside them are not read."""
+    units = [{"images": e.key} for e in source.entries if not _is_labels(e.key)]
+    if not units:
+        raise HeliostatError(f"{source.uri} has labels alone: give IDX files of images")
+    return units
+
+
+def _is_labels(key: str) -> bool:
+    kind = IDX_KIND.search(key)
+    return kind is not None and kind[1] == "labels"
+
+
 def _by_pair(entries: tuple[Entry, ...], kind: str) -> dict[str, str]:
     matching = [entry.key for entry in entries if kind in entry.key.rpartition("/")[2]]
     return {re.sub(rf"{kind}|idx\d|\.gz$", "", key): key for key in matching}
@@ -196,8 +209,8 @@ def _settle_idx(source: Source, found: list[Found], data: DataSpec) -> Survey:
 
 
 def _read_idx(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Table]:
-    key, labels = unit["images"], _read_idx_labels(store, unit["labels"])
-    size = _rows_per_batch(layout)
+    key, size = unit["images"], _rows_per_batch(layout)
+    labels = _read_idx_labels(store, unit["labels"]).astype(str) if layout.labelled else None
     with open_raw(store, key) as stream:
         count, *shape = _read_idx_header(store, key, stream, (3, 4))
         fit = _fit_to(tuple(shape), layout)
@@ -209,7 +222,7 @@ def _read_idx(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Tabl
                 layout,
                 [f"{key}#{row}" for row in rows],
                 [key] * len(rows),
-                labels[start : start + size].astype(str).tolist(),
+                [None] * len(rows) if labels is None else labels[start : start + size].tolist(),
                 [None] * len(rows),
                 {IMAGE: pa.array(images, layout.fields[IMAGE])},
             )
@@ -258,4 +271,4 @@ def _read_idx_header(
 
 
 FILES = Form(group_files, _survey_files, _settle_files, _read_files)
-IDX = Form(_split_idx, _survey_idx, _settle_idx, _read_idx)
+IDX = Form(_split_idx, _survey_idx, _settle_idx, _read_idx, split_plain=_split_plain_idx)

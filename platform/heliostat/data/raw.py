@@ -102,11 +102,15 @@ class TableLayout:
 
 @dataclass(frozen=True)
 class SeriesLayout:
-    """Series of up to `length` steps; their values stand step by step, channel after channel."""
+    """Series of up to `length` steps; their values stand step by step, channel after channel.
+
+    Those that are not `labelled` may have a label all the same, if their file says so.
+    """
 
     length: int
     channels: int
     targets: tuple[str, ...] = ()
+    labelled: bool = True
 
     @property
     def fields(self) -> dict[str, pa.DataType]:
@@ -153,9 +157,10 @@ class Survey:
 class Form:
     """A raw form: work cut into units, a look at each unit, what follows, and the rows of a unit.
 
-    `read` yields tables of `raw_rows`, every row of a unit once, those with a problem included.
-    `tasks` are those that its labels can be for, the first is what task auto means.
-    `finish` makes the rows of a shard of those read for it, without a problem and in order.
+    `split_plain` cuts what has no labels, where that is done otherwise. `read` yields tables of
+    `raw_rows`, every row of a unit once, those with a problem included. `tasks` are those that its
+    labels can be for, the first is what task auto means. `finish` makes the rows of a shard of
+    those read for it, without a problem and in order.
     """
 
     split: Callable[[Source], list[Unit]]
@@ -164,6 +169,7 @@ class Form:
     read: Callable[[Store, Unit, Any], Iterator[pa.Table]]
     tasks: tuple[str, ...] = ("classification",)
     finish: Callable[[Store, Any, pa.Table], pa.Table] = lambda store, layout, rows: rows
+    split_plain: Callable[[Source], list[Unit]] | None = None
 
 
 def find_source(data: DataSpec) -> Source:

@@ -45,7 +45,7 @@ def _split_files(source: Source) -> list[Unit]:
 def _survey_file(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many cases there are, how long they are, and their labels."""
     rows, steps, longest, channels, labels = 0, 0, 0, 0, set[str]()
-    with _open_cases(store, unit["key"]) as cases:
+    with _open_cases(store, unit["key"]) as (cases, _):
         for case in cases:
             texts, label = _split_case(case)
             channels = channels or len(texts)
@@ -89,16 +89,16 @@ def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
 
 def _read_file(store: Store, unit: Unit, layout: SeriesLayout) -> Iterator[pa.Table]:
     key, first = unit["key"], 0
-    with _open_cases(store, key) as cases:
+    with _open_cases(store, key, layout.labelled) as (cases, has_labels):
         while batch := list(islice(cases, BATCH_ROWS)):
             ids = [f"{key}#{first + row}" for row in range(len(batch))]
             first += len(batch)
-            split = [_split_case(case) for case in batch]
+            split = [_split_case(case, has_labels) for case in batch]
             parsed = [_parse_case(texts, layout.channels) for texts, _ in split]
             labels = [label for _, label in split]
             problems = [
-                problem or _find_problem(label, layout)
-                for (_, problem), label in zip(parsed, labels, strict=True)
+                problem or _find_problem(len(values), label, layout)
+                for (values, problem), label in zip(parsed, labels, strict=True)
             ]
             payload = {SERIES: pa.array([v.ravel() for v, _ in parsed], layout.fields[SERIES])}
             targets = map(_to_number, labels) if layout.targets else labels
@@ -106,17 +106,26 @@ def _read_file(store: Store, unit: Unit, layout: SeriesLayout) -> Iterator[pa.Ta
 
 
 @contextmanager
-def _open_cases(store: Store, key: str) -> Iterator[Iterator[str]]:
-    """The lines of a file below its header."""
+def _open_cases(
+    store: Store, key: str, labelled: bool = True
+) -> Iterator[tuple[Iterator[str], bool]]:
+    """The lines of a file below its header, and whether they have the labels that are wanted."""
     with open_raw(store, key) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
         lines = (line.strip() for line in text)
         content = (line for line in lines if line and not line.startswith("#"))
-        _check_header(content, f"{store.uri}/{key}")
-        yield content
+        place = f"{store.uri}/{key}"
+        has_labels = _read_header(content, place)
+        if labelled and not has_labels:
+            raise HeliostatError(
+                f"{place} has no labels: @classLabel or @targetLabel must be true, and the last "
+                "field of a case its label"
+            )
+        yield content, has_labels
 
 
-def _check_header(lines: Iterator[str], place: str) -> None:
+def _read_header(lines: Iterator[str], place: str) -> bool:
+    """Whether the last field of a case is its label."""
     header: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(" ")
@@ -133,16 +142,12 @@ def _check_header(lines: Iterator[str], place: str) -> None:
     if header.get("@timestamps", "false") != "false":
         raise HeliostatError(f"{place} has time stamps: give values at equal steps without them")
     labels = (header.get("@classlabel", "false"), header.get("@targetlabel", "false"))
-    if not any(label.startswith("true") for label in labels):
-        raise HeliostatError(
-            f"{place} has no labels: @classLabel or @targetLabel must be true, and the last field "
-            "of a case its label"
-        )
+    return any(label.startswith("true") for label in labels)
 
 
-def _split_case(case: str) -> tuple[list[str], str | None]:
+def _split_case(case: str, has_label: bool = True) -> tuple[list[str], str | None]:
     """The texts of the channels and the label, None if it is missing or not UTF-8 text."""
-    *texts, label = case.split(":")
+    *texts, label = case.split(":") if has_label else (*case.split(":"), "")
     text = None if SURROGATES.search(label) else clean_text(label)
     return texts, text and shorten_number(text)
 
@@ -167,7 +172,11 @@ def _parse_case(texts: list[str], channels: int) -> tuple[NDArray[np.float32], s
     return values[: known[-1] + 1].astype(np.float32), None
 
 
-def _find_problem(label: str | None, layout: SeriesLayout) -> str | None:
+def _find_problem(steps: int, label: str | None, layout: SeriesLayout) -> str | None:
+    if steps > layout.length:
+        return f"{steps:,} steps, the model reads {layout.length:,}"
+    if not layout.labelled:
+        return None
     if label is None:
         return "the label is missing or not UTF-8 text"
     if layout.targets and parse_number(label) is None:

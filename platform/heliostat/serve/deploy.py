@@ -11,6 +11,7 @@ from typing import Any
 from heliostat import registry
 from heliostat.archive import store_code
 from heliostat.data.features import BlockFeatures, features_from_json
+from heliostat.edge import MIB, Limits
 from heliostat.environment import EDGE_HOST
 from heliostat.errors import HeliostatError
 from heliostat.serve.control import HTTP_OPTIONS, Serve, await_running, find_url
@@ -56,6 +57,7 @@ def deploy(store: Store, name: str, how: DeploySpec) -> str:
         HeliostatError: the version is unknown or damaged, its replicas did not start, or as a
             candidate it was worse.
     """
+    check_body(how)
     version = registry.resolve(store, reference(name, how.version))
     registry.load_weights(store, version)
     client = Serve()
@@ -206,6 +208,16 @@ def check_auth(deploy: DeploySpec, details: dict[str, Any]) -> None:
     print("WARNING: deploy.auth is off: every program of this machine may ask", flush=True)
 
 
+def check_body(deploy: DeploySpec) -> None:
+    """Raises HeliostatError: replicas would take larger bodies than the edge lets pass."""
+    most = Limits().max_body_bytes
+    if deploy.max_body_mib * MIB > most:
+        raise HeliostatError(
+            f"deploy.max_body_mib is {deploy.max_body_mib:g}, the edge lets {most // MIB} MiB pass:"
+            " give no more than that, and run `jobs/predict.py` over what is larger"
+        )
+
+
 def roll_out(store: Store, client: Serve) -> None:
     """Make the cluster serve what the table says, until the table stays as it is.
 
@@ -285,7 +297,7 @@ def _serve_all(store: Store, table: Table, asked: Collection[str]) -> list[dict[
 
 def _contend(store: Store, table: Table) -> dict[str, dict[str, Any]]:
     """An application for the candidate of each model that has one; it has no route."""
-    options = {"ray_actor_options": {"num_cpus": table.deploy.cpus_per_replica}}
+    options = {"ray_actor_options": _reserve(table.deploy)}
     replicas = {"name": Contender.__name__, "num_replicas": 1, **options}
     return {
         name: {
@@ -313,6 +325,8 @@ def _application(
         request_timeout_s=deploy.request_timeout_s,
         max_streams=deploy.max_streams,
         max_context=deploy.max_context,
+        vllm=deploy.vllm if deploy.engine == "vllm" else None,
+        gpus=deploy.gpus_per_replica,
         auth=deploy.auth,
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
@@ -327,7 +341,7 @@ def _application(
 
 def _scale(deploy: DeploySpec) -> dict[str, Any]:
     """A fixed number of replicas, or as many as the requests that are inside ask for."""
-    options = {"ray_actor_options": {"num_cpus": deploy.cpus_per_replica}}
+    options = {"ray_actor_options": _reserve(deploy)}
     if isinstance(deploy.replicas, int):
         return {"num_replicas": deploy.replicas, **options}
     fewest, most = deploy.replicas
@@ -338,6 +352,11 @@ def _scale(deploy: DeploySpec) -> dict[str, Any]:
         "target_ongoing_requests": deploy.target_requests,
     }
     return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
+
+
+def _reserve(deploy: DeploySpec) -> dict[str, float]:
+    """What of a node a replica has to itself."""
+    return {"num_cpus": deploy.cpus_per_replica, "num_gpus": deploy.gpus_per_replica}
 
 
 def _say_replicas(deploy: DeploySpec) -> str:

@@ -60,7 +60,7 @@ class Fork:
         if not self.candidates or scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        body, receive = await _read(receive, self._max_body_bytes)
+        body, receive = await read_ahead(receive, self._max_body_bytes)
         name = find_model(scope["path"], body)
         candidate = self.candidates.get(name or "")
         visit: Visit = scope.get(VISIT) or Visit(ANYBODY)
@@ -192,7 +192,7 @@ async def replay(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
         task.cancel()
 
 
-async def _read(receive: Receive, max_bytes: int) -> tuple[bytes, Receive]:
+async def read_ahead(receive: Receive, max_bytes: int) -> tuple[bytes, Receive]:
     """The body, and a `receive` that says all of it again; what is too large is read no further."""
     messages: list[Message] = []
     size = 0

@@ -1,13 +1,14 @@
 """A version that continues texts, loaded: its engine, its tokenizer, and how it reads a chat."""
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from heliostat import examples
-from heliostat.data.features import BlockFeatures
+from heliostat.data.features import BlockFeatures, features_from_json
 from heliostat.data.tokens import load_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor
@@ -17,7 +18,7 @@ from heliostat.serve.chat import ChatFormat, PlainLines, Template
 from heliostat.serve.engine.ask import Ask
 from heliostat.serve.engine.decoder import Decoder
 from heliostat.serve.engine.engine import Engine
-from heliostat.serve.engine.runner import Runner
+from heliostat.serve.engine.runner import Answer, Runner
 from heliostat.serve.engine.scheduler import Scheduler
 from heliostat.storage import Store
 
@@ -36,12 +37,33 @@ class Room:
     waiting: int = 256
 
 
+class Writer(Protocol):
+    """What continues texts of at most `context` tokens; `size` is in bytes of this machine."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def max_waiting(self) -> int: ...
+
+    def start(self, asks: Sequence[Ask]) -> Answer:
+        """Begin to answer. Raises Full: too many wait already."""
+        ...
+
+    def check(self) -> None:
+        """Raises HeliostatError: it has ended."""
+        ...
+
+
 @dataclass(frozen=True)
 class Language:
     """A loaded version; `end` is the token that closes a document."""
 
     version: Version
-    runner: Runner
+    runner: Writer
     tokenizer: Any
     end: int
     vocab: int
@@ -50,12 +72,11 @@ class Language:
 
     @property
     def size(self) -> int:
-        """Bytes of the weights and of the cache of keys and values."""
-        return self.runner.engine.decoder.size
+        return self.runner.size
 
     @property
     def context(self) -> int:
-        return self.runner.engine.decoder.context
+        return self.runner.context
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The text's tokens, as those of a document in training: a special one is read as text."""
@@ -79,12 +100,19 @@ def load_language(store: Store, version: Version, room: Room, pool: Executor) ->
     if not isinstance(network, Gpt):
         raise HeliostatError(f"{version.ref} is a custom network: texts are continued by kind gpt")
     examples.check(store, version, predictor)
-    tokenizer = load_tokenizer(store, features.tokenizer)
     engine = build_engine(network, room, features.length)
     smoke(version.ref, engine)
+    return make_language(store, version, Runner(engine, pool))
+
+
+def make_language(store: Store, version: Version, runner: Writer) -> Language:
+    """Raises HeliostatError: the tokenizer is missing or damaged."""
+    features = features_from_json(version.features)
+    assert isinstance(features, BlockFeatures)
+    tokenizer = load_tokenizer(store, features.tokenizer)
     return Language(
         version,
-        Runner(engine, pool),
+        runner,
         tokenizer,
         features.end,
         features.vocab,

@@ -3,14 +3,16 @@
 import asyncio
 import logging
 import time
+from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from heliostat.errors import HeliostatError
 from heliostat.keys import make_clock
-from heliostat.serve.desk import Away, Send
+from heliostat.serve.desk import Away
 from heliostat.serve.ledger import Answer, Ask, Ledger, Office
+from heliostat.serve.receipts import Question, Receipt, Receipts, Standing
 from heliostat.storage import connect
 from heliostat.usage import Meter
 
@@ -24,12 +26,13 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 class Clerk:
-    """The actor: an office, and a flush every few seconds of its life."""
+    """The actor: an office, the receipts of all replicas, and a flush every few seconds."""
 
     def __init__(self, root: str) -> None:
         self._meter = Meter(connect(root))
         ledger = Ledger(time.monotonic, make_clock(), time.monotonic(), self._meter.count_used)
         self._office = Office(ledger, self._meter.add)
+        self._receipts = Receipts(time.monotonic)
         self._heard = time.monotonic()
         self._flushing: asyncio.Future[None] | None = None
 
@@ -37,6 +40,12 @@ class Clerk:
         self._heard = time.monotonic()
         self._flushing = self._flushing or asyncio.ensure_future(self._flush())
         return self._office.answer(ask)
+
+    async def claim(self, question: Question, claimant: str) -> Standing:
+        return self._receipts.claim(question, claimant)
+
+    async def settle(self, question: Question, claimant: str, receipt: Receipt | None) -> None:
+        self._receipts.settle(question, claimant, receipt)
 
     async def _flush(self) -> None:
         while time.monotonic() - self._heard < IDLE_SECONDS:
@@ -48,24 +57,35 @@ class Clerk:
         ray.kill(ray.get_runtime_context().current_actor)
 
 
-def reach_office(root: str) -> Send:
+class Line:
     """How this process asks the office of the bucket `root`, which is started if there is none.
 
     It is started by a replica and so imports the package from the bucket, as replicas do.
     """
-    office = _find_office(root)
 
-    async def send(ask: Ask) -> Answer:
-        nonlocal office
-        try:
-            office = office or await asyncio.to_thread(_find_office, root)
-            answer: Answer = await office.answer.remote(ask)
-        except RayError as error:
-            office = None if isinstance(error, ActorDiedError) else office
-            raise Away from error
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._office: Any = _find_office(root)
+
+    async def send(self, ask: Ask) -> Answer:
+        answer: Answer = await self._call("answer", ask)
         return answer
 
-    return send
+    async def claim(self, question: Question, claimant: str) -> Standing:
+        standing: Standing = await self._call("claim", question, claimant)
+        return standing
+
+    async def settle(self, question: Question, claimant: str, receipt: Receipt | None) -> None:
+        await self._call("settle", question, claimant, receipt)
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        """Raises Away: the office does not answer now."""
+        try:
+            self._office = self._office or await asyncio.to_thread(_find_office, self._root)
+            return await getattr(self._office, method).remote(*arguments)
+        except RayError as error:
+            self._office = None if isinstance(error, ActorDiedError) else self._office
+            raise Away from error
 
 
 def _find_office(root: str) -> "ray.actor.ActorHandle":

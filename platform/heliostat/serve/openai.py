@@ -180,7 +180,7 @@ def start(language: Language, choices: list[Choice]) -> Answer:
     try:
         return language.runner.start([choice.ask for choice in choices])
     except Full as error:
-        waiting = language.runner.engine.scheduler.max_waiting
+        waiting = language.runner.max_waiting
         message = f"{waiting} texts wait for {language.version.ref} already, retry later"
         raise Refusal(429, message) from error
 
@@ -229,9 +229,10 @@ class Writing:
             try:
                 async for piece in read_pieces(self._answer, self._choices):
                     yield to_event(head | {"choices": [self._write(piece, begun)]})
-            except Failed:
-                message = "the server failed, its log has the reason"
-                yield b"data: " + render_error(500, message, find_request_id()) + b"\n\n"
+            except (Failed, Refusal) as error:
+                status = self._visit.status = error.status if isinstance(error, Refusal) else 500
+                message = str(error) or "the server failed, its log has the reason"
+                yield b"data: " + render_error(status, message, find_request_id()) + b"\n\n"
                 return
             finally:
                 self._charge()

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.config import BackpressureConfig
@@ -12,8 +12,12 @@ from starlette.types import ASGIApp, Message
 from heliostat import registry
 from heliostat.serve.fork import Call, Fork, Side, replay
 from heliostat.serve.table import Candidate
-from heliostat.spec import Positive, Section
+from heliostat.spec import Positive, Section, VllmSpec
 from heliostat.storage import connect
+
+if TYPE_CHECKING:
+    from heliostat.serve.door import Limits
+    from heliostat.serve.shelf import Shelf
 
 
 class Plan(Section):
@@ -28,20 +32,21 @@ class Plan(Section):
     request_timeout_s: float
     max_streams: Positive
     max_context: Positive | None
+    vllm: VllmSpec | None
+    gpus: float
     auth: bool
 
 
-def build_api(plan: Plan) -> ASGIApp:
-    """The application over the models of a plan, loaded as far as they fit.
+def fill_shelf(plan: Plan) -> "Shelf":
+    """The models of a plan, loaded as far as they fit.
 
     Raises:
         HeliostatError: a version is unknown or damaged, answers otherwise than its examples say,
             or too slowly.
     """
-    from heliostat.serve.app import build_app
-    from heliostat.serve.door import Limits
     from heliostat.serve.language import Room
-    from heliostat.serve.shelf import Shelf, load
+    from heliostat.serve.shelf import OWN_ENGINE, Shelf, load
+    from heliostat.serve.vllm import load_vllm
 
     store = connect(plan.root)
     models = {
@@ -49,10 +54,27 @@ def build_api(plan: Plan) -> ASGIApp:
         for name, numbers in plan.models.items()
     }
     room = Room(plan.max_streams, plan.max_context, plan.max_requests)
-    load_one = partial(load, store, room=room, max_latency_ms=plan.max_latency_ms)
+    load_text = OWN_ENGINE
+    if plan.vllm:
+        load_text = partial(load_vllm, settings=plan.vllm, gpus=int(plan.gpus))
+    load_one = partial(
+        load, store, room=room, max_latency_ms=plan.max_latency_ms, load_text=load_text
+    )
     shelf = Shelf(models, load_one, plan.max_model_bytes)
     shelf.fill()
-    return build_app(shelf, Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s))
+    return shelf
+
+
+def build_api(plan: Plan, shelf: "Shelf") -> ASGIApp:
+    from heliostat.serve.app import build_app
+
+    return build_app(shelf, find_limits(plan))
+
+
+def find_limits(plan: Plan) -> "Limits":
+    from heliostat.serve.door import Limits
+
+    return Limits(plan.max_body_bytes, plan.max_requests, plan.request_timeout_s)
 
 
 class Replica:
@@ -63,30 +85,35 @@ class Replica:
         self._candidates: dict[str, Candidate] = {}
         self._handles: dict[str, Any] = {}
         self._fork: Fork | None = None
+        self._shelf: Shelf | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from heliostat.keys import Keyring, follow
         from heliostat.serve.desk import Desk
         from heliostat.serve.gate import Gate
         from heliostat.serve.identity import Identity
-        from heliostat.serve.office import reach_office
+        from heliostat.serve.office import Line
+        from heliostat.serve.repeats import Repeats
         from heliostat.serve.scores import Reporter, find_board
 
         plan, reporter = self.plan, Reporter()
-        desk = Desk(reach_office(plan.root))  # which starts while the models are loaded
+        line = Line(plan.root)  # to an office that starts while the models are loaded
 
         def count(name: str, side: Side, tally: Any) -> None:
             if candidate := self._candidates.get(name):
                 reporter.count(find_board(name, candidate.proposal), side, tally)
 
         patience_s = plan.request_timeout_s / 3
-        self._fork = Fork(build_api(plan), self._ask, count, plan.max_body_bytes, patience_s)
+        self._shelf = fill_shelf(plan)
+        api = build_api(plan, self._shelf)
+        self._fork = Fork(api, self._ask, count, plan.max_body_bytes, patience_s)
         self._fork.candidates = self._candidates
         ring = Keyring(connect(plan.root))
         if plan.auth:
             ring.refresh()
             follow(ring)
-        return Identity(Gate(self._fork, ring.find if plan.auth else None, desk))
+        app = Repeats(self._fork, line, find_limits(plan))
+        return Identity(Gate(app, ring.find if plan.auth else None, Desk(line.send)))
 
     def reconfigure(self, candidates: Mapping[str, Any]) -> None:
         """Which candidates there are now; Serve calls this with the deployment's user_config."""
@@ -95,6 +122,11 @@ class Replica:
         }
         if self._fork:
             self._fork.candidates = self._candidates
+
+    def check_health(self) -> None:
+        """Serve replaces a replica of which this raises."""
+        if self._shelf:
+            self._shelf.check()
 
     async def _ask(self, name: str, call: Call) -> AsyncGenerator[Message]:
         if name not in self._handles:
@@ -108,7 +140,11 @@ class Contender:
     """Answers for a candidate, to the replicas alone."""
 
     def __init__(self, plan: Plan) -> None:
-        self._api = build_api(plan)
+        self._shelf = fill_shelf(plan)
+        self._api = build_api(plan, self._shelf)
+
+    def check_health(self) -> None:
+        self._shelf.check()
 
     async def answer(self, call: Call) -> AsyncGenerator[Message]:
         async for message in replay(self._api, call):

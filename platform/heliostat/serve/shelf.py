@@ -60,19 +60,27 @@ class Served:
 
 
 Loaded = Served | Language
+LoadText = Callable[[Store, Version, Room], Language]
+OWN_ENGINE: LoadText = partial(load_language, pool=COMPUTE_POOL)
 
 
-def load(store: Store, version: Version, room: Room, max_latency_ms: float | None = None) -> Loaded:
+def load(
+    store: Store,
+    version: Version,
+    room: Room,
+    max_latency_ms: float | None = None,
+    load_text: LoadText = OWN_ENGINE,
+) -> Loaded:
     """Load a version and let it answer a row of zeros and its examples.
 
-    `room` is for what continues texts.
+    `room` is for what continues texts, and `load_text` loads that.
 
     Raises:
         HeliostatError: its weights are missing or damaged, it does not answer, otherwise than it
             did when it was published, or takes longer for a row than `max_latency_ms`.
     """
     if isinstance(features_from_json(version.features), BlockFeatures):
-        return load_language(store, version, room, COMPUTE_POOL)
+        return load_text(store, version, room)
     served = Served(version, load_predictor(store, version))
     features, output = served.predictor.features, served.predictor.output
     body = to_json({"instances": [zero_instance(features)]})
@@ -130,6 +138,12 @@ class Shelf:
     @property
     def size(self) -> int:
         return sum(served.size for served in self._loaded.values())
+
+    def check(self) -> None:
+        """Raises HeliostatError: what writes for a loaded version has ended."""
+        for loaded in self._loaded.values():
+            if isinstance(loaded, Language):
+                loaded.runner.check()
 
     async def get(self, name: str, number: int | None = None) -> Served:
         """A version that answers rows, loaded now if it is not there.

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
-from heliostat.spec.deploy import CandidateSpec, DeploySpec
+from heliostat.spec.deploy import CandidateSpec, DeploySpec, VllmSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -65,6 +65,7 @@ __all__ = [
     "SyntheticSpec",
     "TextSpec",
     "TrainSpec",
+    "VllmSpec",
     "check_name",
     "digest",
     "dump",
@@ -77,6 +78,7 @@ __all__ = [
 # PyYAML raises ValueError for an impossible date or number, RecursionError for endless nesting.
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 MAX_SENTENCES = 5
+MAX_LISTED = 9
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -90,7 +92,7 @@ class PredictSpec(Section):
     """`source` holds the rows; of them the share `max_bad` may be such that cannot be used."""
 
     source: str | None = None
-    format: Literal["auto", "images", "csv", "parquet"] = "auto"
+    format: Literal["auto", "images", "idx", "csv", "parquet", "series"] = "auto"
     version: Positive | None = None
     batch: Positive = 512
     workers: Positive = 2
@@ -189,7 +191,7 @@ def _check(kind: type[AnySection], document: dict[str, Any], origin: str) -> Any
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        sentences = _explain(error, document)
+        sentences = _explain(error, document, kind)
         told = "; ".join(sentences[:MAX_SENTENCES])
         more = len(sentences) - MAX_SENTENCES
         raise HeliostatError(f"{origin}: {told}" + f"; and {more} more" * (more > 0)) from error
@@ -230,7 +232,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     section[keys[-1]] = value
 
 
-def _explain(refused: ValidationError, document: Any) -> list[str]:
+def _explain(refused: ValidationError, document: Any, kind: type[Section]) -> list[str]:
     """A sentence for each key: `path.of.key: what is wrong`; never the content of a whole section.
 
     A key that may be one of several kinds is refused once by each of them.
@@ -239,7 +241,17 @@ def _explain(refused: ValidationError, document: Any) -> list[str]:
     for error in refused.errors():
         by_path.setdefault(_find_keys(error, document), []).append(error)
     inner = [path for path in by_path if not any(_is_above(path, other) for other in by_path)]
-    return [f"{_show_path(path)}{_reason(by_path[path])}" for path in inner]
+    return [
+        f"{_show_path(path)}{_reason(by_path[path])}{_list_known(by_path[path][0], kind)}"
+        for path in inner
+    ]
+
+
+def _list_known(error: Any, kind: type[Section]) -> str:
+    """The keys that there are beside an unknown one of `kind` itself, if they are few."""
+    is_unknown = error["type"] == "extra_forbidden" and len(error["loc"]) == 1
+    known = ", ".join(kind.model_fields)
+    return f", known are {known}" if is_unknown and len(kind.model_fields) <= MAX_LISTED else ""
 
 
 def _find_keys(error: Any, document: Any) -> tuple[str | int, ...]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictBool, model_validator
 
-from heliostat.spec.section import Natural, Positive, PositiveFloat, Section
+from heliostat.spec.section import Natural, NaturalFloat, Positive, PositiveFloat, Section
 
 
 class CandidateSpec(Section):
@@ -28,6 +28,19 @@ class CandidateSpec(Section):
     timeout_s: PositiveFloat = 3600
 
 
+class VllmSpec(Section):
+    """vLLM as the nodes that serve have it, in an environment of its own.
+
+    `program` is its command there. `dtype` auto is that of the weights. `memory_share` is how much
+    of a GPU it takes, None leaves that to vLLM. `arguments` are put behind `vllm serve`.
+    """
+
+    program: str = "vllm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory_share: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    arguments: tuple[str, ...] = ()
+
+
 class DeploySpec(Section):
     """`start_timeout_s` is long enough for an autoscaler to bring a node and set it up.
 
@@ -35,14 +48,16 @@ class DeploySpec(Section):
     it is asked for. `keep_previous` versions of each model stay served by their number. Replicas
     from a fewest to a most, `[0, 4]`, follow the requests that wait: `target_requests` a replica.
     A language model continues `max_streams` texts at once, each of at most `max_context` tokens
-    with its prompt (None: the blocks it was trained on), and keeps memory for all of them. With
-    `auth` only those with an API key are answered, the same for all models.
+    with its prompt (None: the blocks it was trained on), and keeps memory for all of them; `engine`
+    is what does so, the one of this package or a vLLM beside each replica. With `auth` only those
+    with an API key are answered, the same for all models.
     """
 
     version: Positive | None = None
     replicas: Positive | tuple[Natural, Positive] = 1
     target_requests: Positive = 8
     cpus_per_replica: PositiveFloat = 1
+    gpus_per_replica: NaturalFloat = 0
     keep_previous: Natural = 1
     candidate: CandidateSpec | None = None
     start_timeout_s: PositiveFloat = 900
@@ -53,6 +68,8 @@ class DeploySpec(Section):
     request_timeout_s: PositiveFloat = 30
     max_streams: Positive = 32
     max_context: Annotated[int, Field(ge=2, strict=True)] | None = None
+    engine: Literal["heliostat", "vllm"] = "heliostat"
+    vllm: VllmSpec = VllmSpec()
     auth: StrictBool = True
 
     @model_validator(mode="after")

@@ -35,7 +35,8 @@ class Answer:
     def __init__(self, asks: Sequence[Ask]) -> None:
         self.streams = [Heard(ask, answer=self, number=i) for i, ask in enumerate(asks)]
         self._made: list[Made] = []
-        self._open, self._failed = len(asks), False
+        self._open = len(asks)
+        self._failure: Exception | None = None
         self._news: asyncio.Future[None] | None = None
 
     def __enter__(self) -> "Answer":
@@ -59,11 +60,11 @@ class Answer:
         Raises:
             Failed: there will be no more.
         """
-        if self._open and not self._made and not self._failed:
+        if self._open and not self._made and not self._failure:
             self._news = asyncio.get_running_loop().create_future()
             await self._news
-        if self._failed:
-            raise Failed
+        if self._failure:
+            raise self._failure
 
     async def take(self) -> list[Made]:
         """All that was made since the last call, at least one; [] when every stream has ended.
@@ -80,8 +81,9 @@ class Answer:
         self._open -= made.finish is not None
         self._tell()
 
-    def fail(self) -> None:
-        self._failed = True
+    def fail(self, failure: Exception) -> None:
+        """Whoever waits for more gets `failure` raised."""
+        self._failure = failure
         self._tell()
 
     def _tell(self) -> None:
@@ -97,6 +99,22 @@ class Runner:
         self._pool = pool
         self._lock = threading.Lock()
         self._stepping = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights and of the cache of keys and values."""
+        return self.engine.decoder.size
+
+    @property
+    def context(self) -> int:
+        return self.engine.decoder.context
+
+    @property
+    def max_waiting(self) -> int:
+        return self.engine.scheduler.max_waiting
+
+    def check(self) -> None:
+        """It lives as long as this process."""
 
     def start(self, asks: Sequence[Ask]) -> Answer:
         """Begin to answer; called in the event loop that will await the answer.
@@ -139,4 +157,4 @@ def _deliver(made: Sequence[Made]) -> None:
 def _fail(streams: Sequence[Stream]) -> None:
     for stream in streams:
         if isinstance(stream, Heard):
-            stream.answer.fail()
+            stream.answer.fail(Failed())

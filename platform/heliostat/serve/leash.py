@@ -1,0 +1,46 @@
+"""Runs a program no longer than the process that started it, whatever ends that one.
+
+python leash.py FOLDER PROGRAM ARGUMENT...
+
+Its standard input is a pipe that the starter holds and never writes to. When that closes, or the
+program ends, what is left of the program and its children is ended and FOLDER is removed.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+GRACE_SECONDS = 3.0
+
+
+def main(folder: str, *command: str) -> int:
+    """Returns the status of the program, 128 + N if signal N has ended it, as shells have it."""
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: _signal(program, signal.SIGTERM))
+    threading.Thread(target=_end_with_starter, args=(program,), daemon=True).start()
+    status = program.wait()
+    _signal(program, signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+    return status if status >= 0 else 128 - status
+
+
+def _end_with_starter(program: "subprocess.Popen[bytes]") -> None:
+    os.read(sys.stdin.fileno(), 1)
+    _signal(program, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        program.wait(GRACE_SECONDS)
+    _signal(program, signal.SIGKILL)
+
+
+def _signal(program: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """To the program and all that it has started, which are one group."""
+    with suppress(ProcessLookupError):
+        os.killpg(program.pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,325 @@
+"""vLLM in place of the engine: a process beside a replica, which gets a version's export to serve.
+
+It comes from an environment of its own, listens on a socket in a folder that only its user may
+enter, and ends with the replica. Prompts, templates, limits and texts stay those of this package:
+it is sent tokens and sends tokens.
+"""
+
+import http.client
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from heliostat import examples, storage
+from heliostat.data.features import TOKENS, BlockFeatures, features_from_json
+from heliostat.data.shards import to_columns
+from heliostat.errors import HeliostatError
+from heliostat.export import export_hf
+from heliostat.registry import Version
+from heliostat.serve import leash
+from heliostat.serve.asking import MAX_LOGPROBS
+from heliostat.serve.language import Language, Room, make_language
+from heliostat.serve.remote import PATH, Remote
+from heliostat.spec import VllmSpec
+from heliostat.storage import Store
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 1800.0  # of large weights, and of what is compiled for them
+POLL_SECONDS = 0.2
+ASK_SECONDS = 120.0
+KEPT_LINES = 2000
+# What it sees of the replica's environment: nothing of Ray, of the bucket or of this Python.
+PASSED = re.compile(
+    r"PATH|HOME|USER|LANG|LC_\w+|TMPDIR|TZ|LD_LIBRARY_PATH|(VLLM|CUDA|NVIDIA|NCCL|HIP|ROCR|XDG)_\w+"
+)
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+CAUSE = re.compile(r"\b\w*(?:Error|Exception): .*")
+ROUNDED_RTOL = 0.02  # of the loss of a text, where numbers have 8 or 11 bits
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a vLLM is started, for texts of `context` tokens, `streams` at once on `gpus` GPUs.
+
+    `folder` has the weights and the socket; `key` is what it wants of who asks there.
+    """
+
+    folder: str
+    settings: VllmSpec
+    context: int
+    streams: int
+    gpus: int = 0
+    key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+
+    @property
+    def layout(self) -> str:
+        return f"{self.folder}/model"
+
+    @property
+    def socket(self) -> str:
+        return f"{self.folder}/socket"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"}
+
+    @property
+    def command(self) -> list[str]:
+        """What the user gives comes first, so that nothing of it replaces what is needed."""
+        settings = self.settings
+        share = settings.memory_share
+        return [
+            settings.program,
+            "serve",
+            self.layout,
+            *settings.arguments,
+            *("--uds", self.socket),
+            *("--dtype", settings.dtype),
+            *("--max-model-len", str(self.context)),
+            *("--max-num-seqs", str(self.streams)),
+            *("--max-logprobs", str(MAX_LOGPROBS)),
+            *("--generation-config", "vllm"),
+            *("--load-format", "safetensors"),
+            *("--uvicorn-log-level", "warning"),
+            *(("--tensor-parallel-size", str(self.gpus)) if self.gpus > 1 else ()),
+            *(("--gpu-memory-utilization", f"{share:g}") if share else ()),
+        ]
+
+    def make_environment(self, around: Mapping[str, str]) -> dict[str, str]:
+        passed = {name: value for name, value in around.items() if PASSED.fullmatch(name)}
+        return {**passed, **QUIET, "VLLM_API_KEY": self.key}
+
+
+class Server:
+    """A vLLM that runs as long as this object is held, and not longer than this process."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", leash.__file__, launch.folder, *launch.command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=launch.make_environment(os.environ),
+            start_new_session=True,
+        )
+        assert self.process.stdin
+        assert self.process.stdout
+        self._reader = threading.Thread(
+            target=_keep_lines, args=(self.process.stdout, self._lines), daemon=True
+        )
+        self._reader.start()
+        self._release = weakref.finalize(self, self.process.stdin.close)
+
+    def check(self) -> None:
+        """Raises HeliostatError: it has ended; the sentence has the reason that it told."""
+        status = self.process.poll()
+        if status is not None:
+            self._reader.join(1)
+            raise HeliostatError(f"vLLM ended with status {status}: {find_cause(self._lines)}")
+
+    def await_ready(self, seconds: float = START_SECONDS) -> None:
+        """Raises HeliostatError: it ends, or does not answer in time."""
+        deadline = time.monotonic() + seconds
+        while not self._is_ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise HeliostatError(f"vLLM does not answer after {seconds:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def measure(self, tokens: Sequence[int]) -> float:
+        """The log probability of `tokens`, at least two, after the first of them.
+
+        Raises:
+            HeliostatError: it does not answer.
+        """
+        *prompt, last = tokens
+        body = {
+            "prompt": prompt,
+            "max_tokens": 1,
+            "ignore_eos": True,
+            "temperature": 0,
+            "allowed_token_ids": [last],
+            "logprobs": 0,
+            "prompt_logprobs": 0,
+        }
+        choice = self._ask(body)["choices"][0]
+        told = [one[str(token)]["logprob"] for one, token in _pair(choice, prompt)]
+        return math.fsum([*told, *choice["logprobs"]["token_logprobs"]])
+
+    def end(self) -> None:
+        """End it and wait until it is gone with its folder."""
+        self._release()
+        self.process.wait()
+
+    def _is_ready(self) -> bool:
+        try:
+            return self._exchange("GET", "/health", None)[0] == 200
+        except OSError:
+            return False
+
+    def _ask(self, body: Mapping[str, Any]) -> Any:
+        try:
+            status, answer = self._exchange("POST", PATH, json.dumps(body).encode())
+        except (OSError, http.client.HTTPException) as error:
+            self.check()
+            raise HeliostatError(f"vLLM does not answer: {error}") from error
+        if status != 200:
+            raise HeliostatError(f"vLLM answers {status}: {answer[:400].decode(errors='replace')}")
+        return json.loads(answer)
+
+    def _exchange(self, method: str, url: str, body: bytes | None) -> tuple[int, bytes]:
+        connection = _SocketConnection(self.launch.socket, ASK_SECONDS)
+        headers = {**self.launch.headers, "content-type": "application/json"}
+        try:
+            connection.request(method, url, body, headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+
+class _SocketConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("vllm", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def load_vllm(
+    store: Store, version: Version, room: Room, settings: VllmSpec, gpus: int = 0
+) -> Language:
+    """Start a vLLM with a version of kind gpt and let it answer the version's examples.
+
+    Raises:
+        HeliostatError: vLLM is not there or ends, the version is of another kind or damaged, or it
+            makes of its examples something else than when it was published.
+    """
+    features = features_from_json(version.features)
+    assert isinstance(features, BlockFeatures)
+    check_settings(version, settings, room.context, features.length)
+    folder = tempfile.mkdtemp(prefix="heliostat-vllm-")
+    launch = Launch(folder, settings, room.context or features.length, room.streams, gpus)
+    try:
+        export_hf(store, version, storage.connect(launch.layout))
+        server = Server(launch)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    try:
+        server.await_ready()
+        check_examples(store, version, features, server)
+        runner = Remote(
+            launch.socket,
+            launch.headers,
+            server.check,
+            size=version.weights_bytes,
+            context=launch.context,
+            slots=room.streams,
+            max_waiting=room.waiting,
+        )
+        return make_language(store, version, runner)
+    except BaseException:
+        server.end()
+        raise
+
+
+def check_settings(version: Version, settings: VllmSpec, context: int | None, length: int) -> None:
+    """Raises HeliostatError: there is no such program here, or the context is too long for it."""
+    if shutil.which(settings.program) is None:
+        raise HeliostatError(
+            f"deploy.engine is vllm, and {settings.program} is no program on node "
+            f"{socket.gethostname()}: make vLLM's environment there (`make vllm`) and say where by "
+            "deploy.vllm.program, or leave deploy.engine out"
+        )
+    if context and context > length:
+        raise HeliostatError(
+            f"deploy.max_context is {context:,}, and vLLM takes at most the {length:,} tokens of "
+            f"the blocks that {version.ref} was trained on"
+        )
+
+
+def check_examples(store: Store, version: Version, features: BlockFeatures, server: Server) -> None:
+    """Let it measure the blocks that were kept as examples, or two tokens if there are none.
+
+    Raises:
+        HeliostatError: their loss is another one than when the version was published.
+    """
+    rows, expected = examples.read(store, version)
+    if rows is None or server.launch.context < features.length:
+        if not math.isfinite(server.measure([0, 0])):
+            raise HeliostatError(f"{version.ref} does not continue a text: it computes no numbers")
+        return
+    blocks = to_columns(features, rows)[TOKENS].tolist()
+    loss = measure_loss(server, list(split_documents(blocks, features.end)))
+    found = np.full(expected.shape, loss, np.float32)
+    is_exact = server.launch.settings.dtype == "float32"  # auto rounds what was trained so
+    examples.compare(version, found, expected, examples.RTOL if is_exact else ROUNDED_RTOL)
+
+
+def split_documents(blocks: Iterable[Sequence[int]], end: int) -> Iterator[list[int]]:
+    """The documents of packed blocks, for a token sees its own alone; without those of one."""
+    for block in blocks:
+        document: list[int] = []
+        for token in block:
+            document.append(token)
+            if token == end:
+                yield from [document] * (len(document) > 1)
+                document = []
+        yield from [document] * (len(document) > 1)
+
+
+def measure_loss(server: Server, documents: Sequence[Sequence[int]]) -> float:
+    """The mean over all tokens that follow one, in nats."""
+    told = math.fsum(server.measure(document) for document in documents)
+    return -told / sum(len(document) - 1 for document in documents)
+
+
+def find_cause(lines: Iterable[str]) -> str:
+    """The first error among them, which later ones only follow from; else the last line."""
+    last = "it said nothing"
+    for line in lines:
+        if cause := CAUSE.search(line):
+            return cause[0][:400]
+        last = line.strip()[:400] or last
+    return last
+
+
+def _pair(choice: Mapping[str, Any], prompt: Sequence[int]) -> Iterator[tuple[Any, int]]:
+    """What is told of each token of the prompt but the first, of which nothing is."""
+    return zip(choice["prompt_logprobs"][1:], prompt[1:], strict=True)
+
+
+def _keep_lines(output: Any, lines: "deque[str]") -> None:
+    for line in output:
+        text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
+        lines.append(text)
+        logger.info("vLLM: %s", text)
