@@ -22,6 +22,7 @@ from heliostat.serve.replica import (
     build_candidate,
     name_candidate,
 )
+from heliostat.serve.scaling import Policy
 from heliostat.serve.table import (
     Candidate,
     Placement,
@@ -40,6 +41,8 @@ from heliostat.storage import Store
 
 APPLICATION = "heliostat"
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+# How often a replica tells what it is asked, and how much of that counts.
+REPORT_SECONDS, LOOK_BACK_SECONDS = 2.0, 10.0
 
 # What is said of a deploy and is not of the table.
 PER_DEPLOY = {"version": None, "candidate": None}
@@ -314,6 +317,7 @@ def _application(
         max_streams=deploy.max_streams,
         max_context=deploy.max_context,
         auth=deploy.auth,
+        scales=not isinstance(deploy.replicas, int),
     )
     root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
     code = f"{root}/code/{table.code}.zip"
@@ -331,11 +335,20 @@ def _scale(deploy: DeploySpec) -> dict[str, Any]:
     if isinstance(deploy.replicas, int):
         return {"num_replicas": deploy.replicas, **options}
     fewest, most = deploy.replicas
+    goal = {"requests": deploy.target_requests, "latency_ms": deploy.latency_target_ms}
     scaling = {
         "min_replicas": fewest,
         "initial_replicas": max(fewest, 1),
         "max_replicas": most,
         "target_ongoing_requests": deploy.target_requests,
+        "upscale_delay_s": deploy.scale_up_s,
+        "downscale_delay_s": deploy.scale_down_s,
+        "metrics_interval_s": REPORT_SECONDS,
+        "look_back_period_s": LOOK_BACK_SECONDS,
+        "policy": {
+            "policy_function": f"{Policy.__module__}:{Policy.__name__}",
+            "policy_kwargs": goal,
+        },
     }
     return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
 

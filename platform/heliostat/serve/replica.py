@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message
 
 from heliostat import registry
 from heliostat.serve.fork import Call, Fork, Side, replay
+from heliostat.serve.load import Load
 from heliostat.serve.table import Candidate
 from heliostat.spec import Positive, Section
 from heliostat.storage import connect
@@ -29,6 +30,7 @@ class Plan(Section):
     max_streams: Positive
     max_context: Positive | None
     auth: bool
+    scales: bool
 
 
 def build_api(plan: Plan) -> ASGIApp:
@@ -63,6 +65,7 @@ class Replica:
         self._candidates: dict[str, Candidate] = {}
         self._handles: dict[str, Any] = {}
         self._fork: Fork | None = None
+        self._load: Load | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from heliostat.keys import Keyring, follow
@@ -86,7 +89,13 @@ class Replica:
         if plan.auth:
             ring.refresh()
             follow(ring)
-        return Identity(Gate(self._fork, ring.find if plan.auth else None, desk))
+        gate = Gate(self._fork, ring.find if plan.auth else None, desk)
+        self._load = Load(gate) if plan.scales else None
+        return Identity(self._load or gate)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks a replica for that is one of a changing number."""
+        return self._load.take() if self._load else {}
 
     def reconfigure(self, candidates: Mapping[str, Any]) -> None:
         """Which candidates there are now; Serve calls this with the deployment's user_config."""
