@@ -23,8 +23,14 @@ KEEP = 'until "$@"; do sleep 0.5; done'
 
 
 def describe(state: State) -> Edge:
-    listen = state.listen
-    return Edge(state.ports.edge, state.ports.serve, listen.host, listen.certificate)
+    listen, ports = state.listen, state.ports
+    return Edge(
+        ports.edge,
+        ports.serve,
+        listen.host,
+        listen.certificate,
+        spare_port=ports.serve_fallback,
+    )
 
 
 def start(edge: Edge, marker: str, directory: Path, log: Path) -> None:
