@@ -1,5 +1,6 @@
 """Versions to deploy, clients that ask them without a pause, and what a cluster then runs."""
 
+import shlex
 import sys
 import threading
 from collections import Counter
@@ -82,8 +83,9 @@ def predict_online(url: str) -> tuple[int, np.ndarray[Any, Any]]:
 
 
 @contextmanager
-def steady_load(url: str, num_clients: int = 3) -> Iterator[Counter[object]]:
-    """Clients that ask without a pause; counts answers by (status, version) or kind of failure."""
+def steady_load(url: str, num_clients: int = 3, every_s: float = 0.0) -> Iterator[Counter[object]]:
+    """Clients that ask without a pause, or with one of `every_s`; counts answers by (status,
+    version) or kind of failure."""
     answers: Counter[object] = Counter()
     done = threading.Event()
 
@@ -95,6 +97,7 @@ def steady_load(url: str, num_clients: int = 3) -> Iterator[Counter[object]]:
                     answers[response.status_code, response.json().get("version")] += 1
                 except httpx.HTTPError as error:
                     answers[repr(error)] += 1
+                done.wait(every_s)
 
     with ThreadPoolExecutor(num_clients) as pool:
         clients = [pool.submit(ask) for _ in range(num_clients)]
@@ -104,6 +107,12 @@ def steady_load(url: str, num_clients: int = 3) -> Iterator[Counter[object]]:
             done.set()
         for client in clients:
             client.result()
+
+
+def count_failed(answered: Counter[object]) -> int:
+    """The requests of `steady_load` that were not answered with 200."""
+    good = [kind for kind in answered if isinstance(kind, tuple) and kind[0] == 200]
+    return answered.total() - sum(answered[kind] for kind in good)
 
 
 def remove(client: ServeSubmissionClient, wait_until: Wait) -> None:
@@ -123,15 +132,18 @@ def list_replicas(client: ServeSubmissionClient) -> list[dict[str, Any]]:
     return [replica for replica in replicas if replica["state"] == "RUNNING"]
 
 
-def submit_deploy(cluster: Cluster, store: Store, spec: Path, wait_until: Wait) -> str:
+def submit_deploy(
+    cluster: Cluster, store: Store, spec: Path, wait_until: Wait, *overrides: str
+) -> str:
     """Deploy digits:1 by `ray job submit ... jobs/deploy.py`; the last line that it prints."""
     spec.write_text(
         f"{{name: digits, root: '{store.uri}', data: {{source: raw}}, model: {{kind: mlp}}, "
         "deploy: {auth: off}}"
     )
+    settings = ("deploy.version=1", *overrides)
     jobs = JobSubmissionClient(cluster.dashboard_url)
     job = jobs.submit_job(
-        entrypoint=f"{sys.executable} deploy.py {spec} deploy.version=1",
+        entrypoint=shlex.join([sys.executable, "deploy.py", str(spec), *settings]),
         runtime_env={
             "working_dir": str(REPOSITORY / "jobs"),
             "py_modules": [str(REPOSITORY / "platform" / "heliostat")],

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
 from heliostat.serve import scaling
-from heliostat.serve.deploy import _scale
+from heliostat.serve.deploy import plan_configs
 from heliostat.serve.load import Load as Meter
 from heliostat.serve.scaling import (
     INSIDE,
@@ -27,7 +28,9 @@ from heliostat.serve.scaling import (
     add_up,
     decide,
 )
+from heliostat.serve.table import Placement, Table
 from heliostat.spec import DeploySpec
+from heliostat.storage import Store, connect
 
 FREE = Goal(requests=1e9, latency_ms=100)  # a latency alone decides
 
@@ -121,11 +124,23 @@ def test_serve_gets_a_policy_that_needs_nothing_of_this_package() -> None:
     assert policy(context(1, 0)) == (1, {})
 
 
-def test_the_spec_says_what_serve_is_told() -> None:
+def tell_serve(store: Store, deploy: DeploySpec, now: int) -> dict[str, Any]:
+    """How Serve is told to scale, which keeps `now` replicas."""
+    table = Table(models={"digits": Placement(number=1)}, deploy=deploy)
+    app = {
+        "deployed_app_config": None,
+        "deployments": {"Replica": {"target_num_replicas": now}},
+    }
+    (config,) = plan_configs(store, table, {"applications": {"heliostat": app}})
+    told: dict[str, Any] = config["applications"][0]["deployments"][0]["autoscaling_config"]
+    return told
+
+
+def test_the_spec_says_what_serve_is_told(tmp_path: Path) -> None:
     spec = DeploySpec(
         replicas=(0, 4), target_requests=3, latency_target_ms=50, scale_up_s=5, scale_down_s=60
     )
-    told = _scale(spec)["autoscaling_config"]
+    told = tell_serve(connect(str(tmp_path)), spec, 0)
     assert (told["min_replicas"], told["initial_replicas"], told["max_replicas"]) == (0, 1, 4)
     assert (told["upscale_delay_s"], told["downscale_delay_s"]) == (5, 60)
     assert told["policy"] == {
@@ -134,6 +149,12 @@ def test_the_spec_says_what_serve_is_told() -> None:
     }
     with pytest.raises(ValueError, match=r"give replicas=\[1, 3\], from a fewest to a most"):
         DeploySpec(replicas=2, latency_target_ms=50)
+
+
+def test_a_new_version_has_the_replicas_that_the_old_one_has(tmp_path: Path) -> None:
+    store, spec = connect(str(tmp_path)), DeploySpec(replicas=(0, 4))
+    counts = [tell_serve(store, spec, now)["initial_replicas"] for now in (0, 1, 3, 9)]
+    assert counts == [1, 1, 3, 4]
 
 
 class Clock:

@@ -19,7 +19,7 @@ PROGRAM = "haproxy"
 READY_SECONDS = 15.0
 DRAIN_SECONDS = 10.0
 # HAProxy ends with 0 when it was told to; whatever else ends it, it is started again.
-KEEP = 'until "$@"; do sleep 0.5; done'
+KEEP = 'until "$@"; do sleep 0.2; done'
 
 
 def describe(state: State) -> Edge:

@@ -272,7 +272,7 @@ def plan_configs(store: Store, table: Table, details: dict[str, Any]) -> Iterato
             "applications": others + applications,
         }
 
-    contenders = _contend(store, table)
+    contenders, now = _contend(store, table), _count_replicas(details)
     fresh = {
         name
         for name, app in contenders.items()
@@ -285,13 +285,16 @@ def plan_configs(store: Store, table: Table, details: dict[str, Any]) -> Iterato
         if name.startswith(name_candidate("")) and name not in names
     ]
     if fresh or leaving:
-        main = _serve_all(store, table, contenders.keys() - fresh)
+        main = _serve_all(store, table, contenders.keys() - fresh, now)
         yield config([*main, *contenders.values(), *leaving])
-    yield config([*_serve_all(store, table, contenders.keys()), *contenders.values()])
+    yield config([*_serve_all(store, table, contenders.keys(), now), *contenders.values()])
 
 
-def _serve_all(store: Store, table: Table, asked: Collection[str]) -> list[dict[str, Any]]:
-    """The application of all models, none if there is none; `asked` are those of candidates."""
+def _serve_all(
+    store: Store, table: Table, asked: Collection[str], now: int
+) -> list[dict[str, Any]]:
+    """The application of all models, none if there is none, which has `now` replicas; `asked` are
+    the models whose candidates are asked."""
     if not table.models:
         return []
     models = {name: placed.numbers for name, placed in table.models.items()}
@@ -300,7 +303,7 @@ def _serve_all(store: Store, table: Table, asked: Collection[str]) -> list[dict[
         for name, placed in table.models.items()
         if placed.candidate and name in asked
     }
-    replicas = {"name": Replica.__name__, **_scale(table.deploy), "user_config": user_config}
+    replicas = {"name": Replica.__name__, **_scale(table.deploy, now), "user_config": user_config}
     return [
         {
             **_application(store, table, build_application, models),
@@ -361,8 +364,12 @@ def find_code(store: Store, code: str) -> dict[str, Any]:
     return {"working_dir": archive, "py_modules": [archive]}
 
 
-def _scale(deploy: DeploySpec) -> dict[str, Any]:
-    """A fixed number of replicas, or as many as the requests that are inside ask for."""
+def _scale(deploy: DeploySpec, now: int) -> dict[str, Any]:
+    """A fixed number of replicas, or as many as the requests that are inside ask for.
+
+    Of a new version there are at first as many as there are `now` of the old one, at least the one
+    that shows that it starts.
+    """
     options = {"ray_actor_options": {"num_cpus": deploy.cpus_per_replica}}
     if isinstance(deploy.replicas, int):
         return {"num_replicas": deploy.replicas, **options}
@@ -370,7 +377,7 @@ def _scale(deploy: DeploySpec) -> dict[str, Any]:
     goal = {"requests": deploy.target_requests, "latency_ms": deploy.latency_target_ms}
     scaling = {
         "min_replicas": fewest,
-        "initial_replicas": max(fewest, 1),
+        "initial_replicas": min(most, max(fewest, now, 1)),
         "max_replicas": most,
         "target_ongoing_requests": deploy.target_requests,
         "upscale_delay_s": deploy.scale_up_s,
@@ -383,6 +390,13 @@ def _scale(deploy: DeploySpec) -> dict[str, Any]:
         },
     }
     return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
+
+
+def _count_replicas(details: dict[str, Any]) -> int:
+    """The replicas that Serve keeps for all models."""
+    deployments = details["applications"].get(APPLICATION, {}).get("deployments", {})
+    count: int = deployments.get(Replica.__name__, {}).get("target_num_replicas", 0)
+    return count
 
 
 def _say_replicas(deploy: DeploySpec) -> str:
