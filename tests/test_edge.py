@@ -95,6 +95,7 @@ def make_certificate(directory: Path) -> Path:
         {},
         {"host": "0.0.0.0"},
         {"host": "::"},
+        {"spare_port": 1},
         {"limits": Limits(*[1] * 13)},
         {"limits": replace(LIMITS, max_body_bytes=2**27)},
     ],
@@ -450,6 +451,35 @@ def test_a_server_that_starts_anew_costs_patience_and_no_request(tmp_path: Path)
             answer = pool.submit(httpx.post, f"{edge.url}{PREDICT}", json=ROWS, timeout=30)
             with upstream.run():
                 assert answer.result().status_code == 200
+
+
+def test_a_server_that_is_away_has_another_in_its_place_until_it_is_back(
+    tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    first, spare = (Upstream(make_app(MODELS, REPLICA_LIMITS), pick_port()) for _ in range(2))
+    edge = Edge(pick_port(), first.port, limits=LIMITS, spare_port=spare.port)
+    echo, upload = f"{edge.url}/v1/echo", b"x" * (LIMITS.small_body_bytes + 1)
+
+    def ask() -> None:
+        answers = [httpx.post(echo, timeout=30, content=body) for body in (b"x", upload)]
+        assert [answer.status_code for answer in answers] == [200, 200]
+
+    def is_first_asked() -> bool:
+        ask()
+        return bool(first.seen)
+
+    with spare.run(), ExitStack() as life:
+        life.enter_context(first.run())
+        with run_edge(edge, tmp_path):
+            ask()
+            assert (len(first.seen), len(spare.seen)) == (2, 0)
+            life.close()
+            first.seen.clear()
+            for _ in range(5):
+                ask()
+            assert (len(first.seen), len(spare.seen)) == (0, 10)
+            with first.run():
+                wait_until(is_first_asked)
 
 
 @pytest.mark.faults

@@ -88,7 +88,7 @@ class Edge:
     """Where the edge listens, by which certificate, and the port on loopback that it asks.
 
     `certificate` is a PEM file with the chain and the key; the key may also stand in a file of the
-    same name that ends in `.key`.
+    same name that ends in `.key`. What listens on `spare_port` is asked while the other is away.
     """
 
     port: int
@@ -96,6 +96,7 @@ class Edge:
     host: str = LOOPBACK_HOST
     certificate: str | None = None
     limits: Limits = Limits()
+    spare_port: int | None = None
 
     @property
     def url(self) -> str:
@@ -240,7 +241,20 @@ def _list_models(edge: Edge) -> list[str]:
     limit = edge.limits.max_requests
     return [
         _refuse(Refusal(f"{{ be_conn(models) gt {limit} }}", 429)),
-        f"server serve {LOOPBACK_HOST}:{edge.upstream_port} check inter 1s fall 8 rise 1",
+        *_list_servers(edge),
+    ]
+
+
+def _list_servers(edge: Edge) -> list[str]:
+    """Where there is nobody else to ask, patience; else the other one is asked in a second."""
+    last = "check inter 1s fall 8 rise 1"
+    if edge.spare_port is None:
+        return [f"server serve {LOOPBACK_HOST}:{edge.upstream_port} {last}"]
+    first = "check inter 1s fastinter 100ms fall 3 rise 1 observe layer4 error-limit 3"
+    return [
+        "option redispatch 1",
+        f"server serve {LOOPBACK_HOST}:{edge.upstream_port} {first} on-error mark-down",
+        f"server spare {LOOPBACK_HOST}:{edge.spare_port} backup {last}",
     ]
 
 
@@ -250,8 +264,16 @@ def _list_uploads(edge: Edge) -> list[str]:
         _refuse(Refusal(f"{{ be_conn(uploads) gt {limits.max_uploads} }}", 429)),
         f"http-request wait-for-body time {limits.body_timeout_s}s",
         _refuse(_too_large(limits)),
-        f"server serve {LOOPBACK_HOST}:{edge.upstream_port} track models/serve",
+        *_list_tracking_servers(edge),
     ]
+
+
+def _list_tracking_servers(edge: Edge) -> list[str]:
+    serve = f"server serve {LOOPBACK_HOST}:{edge.upstream_port} track models/serve"
+    if edge.spare_port is None:
+        return [serve]
+    spare = f"server spare {LOOPBACK_HOST}:{edge.spare_port} backup track models/spare"
+    return ["option redispatch 1", serve, spare]
 
 
 def _too_large(limits: Limits) -> Refusal:

@@ -1,14 +1,10 @@
 """Versions on a real cluster, over real HTTP: what is deployed is what answers, without a gap."""
 
 import io
-import os
-import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,68 +13,40 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-import safetensors.torch
-import torch
 from openai import OpenAI, PermissionDeniedError
 from PIL import Image
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 import writing
-from drafting import draft
+from deploying import (
+    INSTANCES,
+    PIXELS,
+    Wait,
+    answers,
+    deploy,
+    find_application,
+    forget_packages,
+    list_replicas,
+    make_spec,
+    predict_online,
+    publish,
+    remove,
+    steady_load,
+)
 from heliostat import keys, registry, usage
-from heliostat.data.features import ImageFeatures, features_to_json, input_of
+from heliostat.data.features import ImageFeatures, features_to_json
 from heliostat.data.tokens import parse_tokenizer, store_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, predict
 from heliostat.keys import Limits
-from heliostat.local import Cluster, processes
-from heliostat.models import build
+from heliostat.local import Cluster
 from heliostat.serve.deploy import APPLICATION, rollback
-from heliostat.serve.deploy import deploy as release
 from heliostat.serve.engine.ask import Ask
 from heliostat.serve.ledger import LEASE_SECONDS
 from heliostat.serve.table import Placement, Table, change_table, place, read_table
-from heliostat.signature import Classes, Signature
-from heliostat.spec import RunSpec, dump, parse
 from heliostat.storage import Store, connect
 from heliostat.usage import Sum
-
-REPOSITORY = Path(__file__).parents[2]
-FEATURES = ImageFeatures(8, 8, 1, (0.5,), (0.25,))
-LABELS = tuple("0123456789")
-PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
-INSTANCES = {"instances": PIXELS.tolist()}
-
-Wait = Callable[..., None]
-
-
-def deploy(spec: RunSpec) -> str:
-    return release(connect(spec.root), spec.name, spec.deploy)
-
-
-def make_spec(root: str, name: str = "digits", **deploy: Any) -> RunSpec:
-    """Without keys, unless `auth` is asked for."""
-    return parse(
-        {
-            "name": name,
-            "root": root,
-            "data": {"source": "raw"},
-            "model": {"kind": "mlp", "hidden": [16]},
-            "deploy": {"auth": False, **deploy},
-        }
-    )
-
-
-def publish(store: Store, seed: int, name: str = "digits") -> registry.Version:
-    """A version with random weights."""
-    torch.manual_seed(seed)
-    spec = make_spec(store.uri, name)
-    model = build(spec.model, Signature(input_of(FEATURES), Classes(LABELS)))
-    made = draft(name, FEATURES, Classes(LABELS), spec=dump(spec), run=f"run-{seed}")
-    return registry.publish(store, made, safetensors.torch.save(model.state_dict()))
 
 
 def publish_misfit(store: Store) -> registry.Version:
@@ -95,92 +63,6 @@ def predict_offline(store: Store, ref: str) -> np.ndarray[Any, Any]:
     return predict(predictor, {"image": PIXELS[..., np.newaxis]})
 
 
-def predict_online(url: str) -> tuple[int, np.ndarray[Any, Any]]:
-    response = httpx.post(url, json=INSTANCES, timeout=30)
-    assert response.status_code == 200, response.text
-    answer = response.json()
-    rows = [list(row["probabilities"].values()) for row in answer["predictions"]]
-    return answer["version"], np.array(rows, dtype=np.float32)
-
-
-@contextmanager
-def steady_load(url: str, num_clients: int = 3) -> Iterator[Counter[object]]:
-    """Clients that ask without a pause; counts answers by (status, version) or kind of failure."""
-    answers: Counter[object] = Counter()
-    done = threading.Event()
-
-    def ask() -> None:
-        with httpx.Client(timeout=30) as client:
-            while not done.is_set():
-                try:
-                    response = client.post(url, json=INSTANCES)
-                    answers[response.status_code, response.json().get("version")] += 1
-                except httpx.HTTPError as error:
-                    answers[repr(error)] += 1
-
-    with ThreadPoolExecutor(num_clients) as pool:
-        clients = [pool.submit(ask) for _ in range(num_clients)]
-        try:
-            yield answers
-        finally:
-            done.set()
-        for client in clients:
-            client.result()
-
-
-@pytest.fixture(scope="module")
-def serve_client(cluster: Cluster, wait_until: Wait) -> Iterator[ServeSubmissionClient]:
-    """Serve's own interface; what was deployed is gone afterwards."""
-    client = ServeSubmissionClient(cluster.dashboard_url)
-    yield client
-    remove(client, wait_until)
-
-
-def remove(client: ServeSubmissionClient, wait_until: Wait) -> None:
-    """Take the application off the cluster."""
-    options = client.get_serve_details()["http_options"]
-    client.deploy_applications({"http_options": options, "applications": []})
-    wait_until(lambda: APPLICATION not in client.get_serve_details()["applications"], 60)
-
-
-@pytest.fixture(scope="module")
-def store(cluster: Cluster, serve_client: ServeSubmissionClient) -> Store:
-    """A registry with digits:1 and digits:2."""
-    store = connect(f"{cluster.root}/serve-{os.getpid()}")
-    publish(store, 1)
-    publish(store, 2)
-    return store
-
-
-def find_application(client: ServeSubmissionClient) -> dict[str, Any]:
-    application: dict[str, Any] = client.get_serve_details()["applications"][APPLICATION]
-    return application
-
-
-def list_replicas(client: ServeSubmissionClient) -> list[dict[str, Any]]:
-    replicas = find_application(client)["deployments"]["Replica"]["replicas"]
-    return [replica for replica in replicas if replica["state"] == "RUNNING"]
-
-
-def submit_deploy(cluster: Cluster, store: Store, spec: Path, wait_until: Wait) -> str:
-    """Deploy digits:1 by `ray job submit ... jobs/deploy.py`; the last line that it prints."""
-    spec.write_text(
-        f"{{name: digits, root: '{store.uri}', data: {{source: raw}}, model: {{kind: mlp}}, "
-        "deploy: {auth: off}}"
-    )
-    jobs = JobSubmissionClient(cluster.dashboard_url)
-    job = jobs.submit_job(
-        entrypoint=f"{sys.executable} deploy.py {spec} deploy.version=1",
-        runtime_env={
-            "working_dir": str(REPOSITORY / "jobs"),
-            "py_modules": [str(REPOSITORY / "platform" / "heliostat")],
-        },
-    )
-    wait_until(lambda: jobs.get_job_status(job).is_terminal(), 120)
-    assert jobs.get_job_status(job) == JobStatus.SUCCEEDED, jobs.get_job_logs(job)
-    return str(jobs.get_job_logs(job)).strip().splitlines()[-1]
-
-
 def list_addresses(replica: dict[str, Any]) -> list[str]:
     """Where a replica process itself listens."""
     connections = psutil.Process(replica["pid"]).net_connections("tcp")
@@ -189,34 +71,6 @@ def list_addresses(replica: dict[str, Any]) -> list[str]:
         for connection in connections
         if connection.status == psutil.CONN_LISTEN
     ]
-
-
-def answers(url: str) -> bool:
-    try:
-        return predict_online(url)[0] > 0
-    except (httpx.HTTPError, AssertionError, ValueError, KeyError):
-        return False
-
-
-def forget_packages(address: str) -> int:
-    """Delete every package of a job from the cluster, as Ray does 600 s after the upload."""
-    gcs = GcsClient(address=address)
-    keys: list[bytes] = gcs.internal_kv_keys(b"gcs://", namespace=None)
-    for key in keys:
-        gcs.internal_kv_del(key, False, namespace=None)
-    return len(keys)
-
-
-@pytest.fixture(scope="module")
-def digits(
-    cluster: Cluster,
-    store: Store,
-    tmp_path_factory: pytest.TempPathFactory,
-    wait_until: Wait,
-) -> str:
-    """Where digits answers, after a job like a user's has deployed its first version."""
-    spec = tmp_path_factory.mktemp("specs") / "digits.yaml"
-    return submit_deploy(cluster, store, spec, wait_until)
 
 
 @pytest.mark.cluster
@@ -547,42 +401,6 @@ def test_replicas_without_room_are_given_up(store: Store, digits: str) -> None:
     assert set(answered) <= {(200, version), (200, new.number)}
     assert predict_online(digits)[0] == version
     assert read_table(store) == table
-
-
-@pytest.mark.cluster
-@pytest.mark.faults
-def test_a_killed_proxy_of_serve_costs_what_is_inside_and_seconds(
-    cluster: Cluster, digits: str, wait_until: Wait
-) -> None:
-    marker, version = cluster.state.marker("ray"), predict_online(digits)[0]
-    direct = f"{cluster.serve_url}/v1/models/digits:predict"
-    with steady_load(digits, 3) as answered:
-        wait_until(lambda: answered.total() > 100)
-        killed = [p for p in processes.find(marker) if p.info["name"] == "haproxy"]
-        assert killed
-        for process in killed:
-            process.kill()
-        began = time.monotonic()
-        wait_until(lambda: not answers(direct))
-        wait_until(lambda: answers(direct))
-        seconds, total = time.monotonic() - began, answered.total()
-        wait_until(lambda: answered.total() > total + 100)
-    good, later = (200, version), (503, None)
-    assert sum(answered[kind] for kind in set(answered) - {good, later}) <= 3, answered
-    assert seconds < 20
-
-
-@pytest.mark.cluster
-@pytest.mark.faults
-def test_five_updates_lose_none_of_ten_thousand_requests(
-    store: Store, digits: str, wait_until: Wait
-) -> None:
-    deploy(make_spec(store.uri, version=1))
-    with steady_load(digits, 4) as answered:
-        for version in (2, 1, 2, 1, 2):
-            deploy(make_spec(store.uri, version=version))
-        wait_until(lambda: answered.total() >= 10_000, 600)
-    assert set(answered) == {(200, 1), (200, 2)}
 
 
 @pytest.mark.cluster

@@ -65,7 +65,13 @@ def run_edge(options: argparse.Namespace) -> None:
     from heliostat.local import Listen, edge
 
     listen = _read_listen(options) or Listen()
-    wanted = Edge(options.port, options.upstream_port, listen.host, listen.certificate)
+    wanted = Edge(
+        options.port,
+        options.upstream_port,
+        listen.host,
+        listen.certificate,
+        spare_port=options.spare_port,
+    )
     edge.replace(wanted, Path(options.config).expanduser().absolute())
 
 
@@ -139,6 +145,9 @@ def _add_edge(commands: Commands) -> None:
     command.add_argument("--port", type=_parse_port, default=8080, help="listens there (8080)")
     command.add_argument(
         "--upstream-port", type=_parse_port, default=8000, help="where Serve listens (8000)"
+    )
+    command.add_argument(
+        "--spare-port", type=_parse_port, help="where Serve's other proxy does, for when it is away"
     )
     command.add_argument(
         "--config", default="~/.heliostat-edge.cfg", metavar="FILE", help="is written there"

@@ -19,12 +19,18 @@ PROGRAM = "haproxy"
 READY_SECONDS = 15.0
 DRAIN_SECONDS = 10.0
 # HAProxy ends with 0 when it was told to; whatever else ends it, it is started again.
-KEEP = 'until "$@"; do sleep 0.5; done'
+KEEP = 'until "$@"; do sleep 0.2; done'
 
 
 def describe(state: State) -> Edge:
-    listen = state.listen
-    return Edge(state.ports.edge, state.ports.serve, listen.host, listen.certificate)
+    listen, ports = state.listen, state.ports
+    return Edge(
+        ports.edge,
+        ports.serve,
+        listen.host,
+        listen.certificate,
+        spare_port=ports.serve_fallback,
+    )
 
 
 def start(edge: Edge, marker: str, directory: Path, log: Path) -> None:

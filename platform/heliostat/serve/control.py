@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,16 @@ REASON = re.compile(r"^[\w.]+(?:Error|Exception|Missing): ", re.MULTILINE)
 
 
 class Serve:
-    """Ray Serve of the cluster; what goes wrong there is a sentence."""
+    """Ray Serve of the cluster at `address`, or of the one that the environment names; what goes
+    wrong there is a sentence. `pause` is how those wait who wait for it.
+    """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, address: str | None = None, pause: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.pause = pause
         with _told():
-            self._client = ServeSubmissionClient(get_address_for_submission_client(None))
+            self._client = ServeSubmissionClient(get_address_for_submission_client(address))
 
     def describe(self) -> dict[str, Any]:
         with _told():
@@ -68,7 +73,7 @@ def await_running(client: Serve, names: Sequence[str], timeout_s: float) -> str 
             print(f"{now - began:4.0f} s: {describe_wait(waiting[0])}", flush=True)
         if now - began > timeout_s:
             return f"the replicas did not start within {timeout_s:g} s: {explain(waiting[0])}"
-        time.sleep(POLL_SECONDS)
+        client.pause(POLL_SECONDS)
 
 
 def describe_wait(app: dict[str, Any]) -> str:

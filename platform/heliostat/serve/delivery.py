@@ -47,10 +47,15 @@ class Tally:
 
 def tally(failed: bool, seconds: float) -> Tally:
     """One request."""
-    slot = math.ceil(math.log(max(seconds, LEAST_SECONDS) / LEAST_SECONDS) / math.log(RATIO))
     slots = [0] * SLOTS
-    slots[min(slot, SLOTS - 1)] = 1
+    slots[find_slot(seconds)] = 1
     return Tally(1, int(failed), tuple(slots))
+
+
+def find_slot(seconds: float) -> int:
+    """Where a latency is counted."""
+    slot = math.ceil(math.log(max(seconds, LEAST_SECONDS) / LEAST_SECONDS) / math.log(RATIO))
+    return min(slot, SLOTS - 1)
 
 
 def compare(one: Tally, difference: float, rule: CandidateSpec) -> Tally:

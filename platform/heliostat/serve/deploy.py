@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heliostat import registry
 from heliostat.archive import store_code
@@ -23,6 +23,7 @@ from heliostat.serve.replica import (
     build_candidate,
     name_candidate,
 )
+from heliostat.serve.scaling import Policy
 from heliostat.serve.table import (
     Candidate,
     Placement,
@@ -39,8 +40,13 @@ from heliostat.serve.table import (
 from heliostat.spec import DeploySpec, reference
 from heliostat.storage import Store
 
+if TYPE_CHECKING:
+    from heliostat.serve.scores import Scoreboard
+
 APPLICATION = "heliostat"
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+# How often a replica tells what it is asked, and how much of that counts.
+REPORT_SECONDS, LOOK_BACK_SECONDS = 2.0, 10.0
 
 # What is said of a deploy and is not of the table.
 PER_DEPLOY = {"version": None, "candidate": None}
@@ -49,9 +55,9 @@ PER_DEPLOY = {"version": None, "candidate": None}
 def deploy(store: Store, name: str, how: DeploySpec) -> str:
     """Serve the version that `how` names in place of the one served so far; return its URL.
 
-    With `how.candidate` it is first a candidate beside that one, and takes over if it is as good.
-    Whatever ends this before, Ctrl-C included, is taken back: what was served before is still
-    served. What is served that way already is left as it is.
+    With `how.candidate` it is first a candidate beside that one, and takes over if it is as good:
+    that goes on even if this process is killed. An error or Ctrl-C is taken back: what was served
+    before is still served. What is served that way already is left as it is.
 
     Raises:
         HeliostatError: the version is unknown or damaged, its replicas did not start, or as a
@@ -64,9 +70,14 @@ def deploy(store: Store, name: str, how: DeploySpec) -> str:
     details = client.describe()
     check_root(store, details)
     check_auth(how, details)
-    if how.candidate:
-        return _try_out(store, client, version, how)
-    _take_over(store, client, version, how)
+    if how.candidate is None:
+        _take_over(store, client, version, how)
+        return _find_route(client, version)
+
+    from heliostat.serve.steward import deliver
+
+    tried = Candidate(number=version.number, proposal=secrets.token_hex(4), terms=how.candidate)
+    deliver(store, name, how, tried, store_code(store))
     return _find_route(client, version)
 
 
@@ -105,41 +116,58 @@ def _take_over(store: Store, client: Serve, version: registry.Version, how: Depl
     _change(store, client, name, put, version.ref)
 
 
-def _try_out(store: Store, client: Serve, version: registry.Version, how: DeploySpec) -> str:
-    """Serve `version` as a candidate until it is known to be as good, or worse."""
+def try_out(
+    store: Store,
+    client: Serve,
+    version: registry.Version,
+    how: DeploySpec,
+    candidate: Candidate,
+    board: "Scoreboard",
+    again: bool,
+) -> None:
+    """Serve `version` as `candidate` until it is known to be as good, or worse.
+
+    `again` goes on with what was begun, as far as the table says that it came.
+
+    Raises:
+        HeliostatError: it did not start or was worse, and was taken back.
+    """
     from heliostat.serve.follow import follow
 
-    terms, name = how.candidate, version.name
-    assert terms is not None
-
-    candidate = Candidate(number=version.number, proposal=secrets.token_hex(4), terms=terms)
+    name, terms = version.name, candidate.terms
 
     def put(table: Table) -> Table:
         return place(table, name, propose(table.models.get(name), candidate))
 
     def leave(table: Table) -> Table:
         placed = table.models.get(name)
-        return place(table, name, placed and withdraw(placed))
+        return place(table, name, placed and withdraw(placed, candidate))
 
+    def find_placed() -> Placement:
+        return _find_placed(read_table(store), name)
+
+    if again and find_placed().candidate != candidate:
+        roll_out(store, client)
+        if find_placed().number == version.number:
+            return
+        raise HeliostatError(f"{version.ref} was taken back: deploy it again")
     print(f"starting {version.ref} as a {terms.mode} for {terms.share:.0%} of {name}", flush=True)
     _change(store, client, name, put, version.ref)
     try:
-        said = follow(name, candidate)
+        said = follow(name, candidate, board, find_placed, client.pause)
     except BaseException as error:
         _change(store, client, name, leave, version.ref)
         if not isinstance(error, HeliostatError):
             print(f"{version.ref} was taken back", flush=True)
             raise
-        number = _find_placed(read_table(store), name).number
         raise HeliostatError(
-            f"{version.ref} was taken back, {name}:{number} is still served: {error}"
+            f"{version.ref} was taken back, {name}:{find_placed().number} is still served: {error}"
         ) from error
     print(said, flush=True)
     if terms.mode == "shadow":
         _change(store, client, name, leave, version.ref)
-        return _find_route(client, version)
-    _take_over(store, client, version, how)
-    return _find_route(client, version)
+    else:
+        _take_over(store, client, version, how)
 
 
 def _find_route(client: Serve, version: registry.Version) -> str:
@@ -256,7 +284,7 @@ def plan_configs(store: Store, table: Table, details: dict[str, Any]) -> Iterato
             "applications": others + applications,
         }
 
-    contenders = _contend(store, table)
+    contenders, now = _contend(store, table), _count_replicas(details)
     fresh = {
         name
         for name, app in contenders.items()
@@ -269,13 +297,16 @@ def plan_configs(store: Store, table: Table, details: dict[str, Any]) -> Iterato
         if name.startswith(name_candidate("")) and name not in names
     ]
     if fresh or leaving:
-        main = _serve_all(store, table, contenders.keys() - fresh)
+        main = _serve_all(store, table, contenders.keys() - fresh, now)
         yield config([*main, *contenders.values(), *leaving])
-    yield config([*_serve_all(store, table, contenders.keys()), *contenders.values()])
+    yield config([*_serve_all(store, table, contenders.keys(), now), *contenders.values()])
 
 
-def _serve_all(store: Store, table: Table, asked: Collection[str]) -> list[dict[str, Any]]:
-    """The application of all models, none if there is none; `asked` are those of candidates."""
+def _serve_all(
+    store: Store, table: Table, asked: Collection[str], now: int
+) -> list[dict[str, Any]]:
+    """The application of all models, none if there is none, which has `now` replicas; `asked` are
+    the models whose candidates are asked."""
     if not table.models:
         return []
     models = {name: placed.numbers for name, placed in table.models.items()}
@@ -284,7 +315,7 @@ def _serve_all(store: Store, table: Table, asked: Collection[str]) -> list[dict[
         for name, placed in table.models.items()
         if placed.candidate and name in asked
     }
-    replicas = {"name": Replica.__name__, **_scale(table.deploy), "user_config": user_config}
+    replicas = {"name": Replica.__name__, **_scale(table.deploy, now), "user_config": user_config}
     return [
         {
             **_application(store, table, build_application, models),
@@ -328,28 +359,49 @@ def _application(
         vllm=deploy.vllm if deploy.engine == "vllm" else None,
         gpus=deploy.gpus_per_replica,
         auth=deploy.auth,
+        scales=not isinstance(deploy.replicas, int),
     )
-    root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
-    code = f"{root}/code/{table.code}.zip"
     return {
         "import_path": f"{build.__module__}:{build.__name__}",
-        # Both keys: one left out is inherited from the job that happened to start Serve.
-        "runtime_env": {"working_dir": code, "py_modules": [code]},
+        "runtime_env": find_code(store, table.code),
         "args": plan.model_dump(mode="json"),
     }
 
 
-def _scale(deploy: DeploySpec) -> dict[str, Any]:
-    """A fixed number of replicas, or as many as the requests that are inside ask for."""
+def find_code(store: Store, code: str) -> dict[str, Any]:
+    """The runtime environment with the package as the bucket has it, which no job takes along.
+
+    Both keys are set: one left out is inherited from the job that happens to start a process.
+    """
+    root = store.uri if "://" in store.uri else Path(store.uri).as_uri()
+    archive = f"{root}/code/{code}.zip"
+    return {"working_dir": archive, "py_modules": [archive]}
+
+
+def _scale(deploy: DeploySpec, now: int) -> dict[str, Any]:
+    """A fixed number of replicas, or as many as the requests that are inside ask for.
+
+    Of a new version there are at first as many as there are `now` of the old one, at least the one
+    that shows that it starts.
+    """
     options = {"ray_actor_options": _reserve(deploy)}
     if isinstance(deploy.replicas, int):
         return {"num_replicas": deploy.replicas, **options}
     fewest, most = deploy.replicas
+    goal = {"requests": deploy.target_requests, "latency_ms": deploy.latency_target_ms}
     scaling = {
         "min_replicas": fewest,
-        "initial_replicas": max(fewest, 1),
+        "initial_replicas": min(most, max(fewest, now, 1)),
         "max_replicas": most,
         "target_ongoing_requests": deploy.target_requests,
+        "upscale_delay_s": deploy.scale_up_s,
+        "downscale_delay_s": deploy.scale_down_s,
+        "metrics_interval_s": REPORT_SECONDS,
+        "look_back_period_s": LOOK_BACK_SECONDS,
+        "policy": {
+            "policy_function": f"{Policy.__module__}:{Policy.__name__}",
+            "policy_kwargs": goal,
+        },
     }
     return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
 
@@ -357,6 +409,13 @@ def _scale(deploy: DeploySpec) -> dict[str, Any]:
 def _reserve(deploy: DeploySpec) -> dict[str, float]:
     """What of a node a replica has to itself."""
     return {"num_cpus": deploy.cpus_per_replica, "num_gpus": deploy.gpus_per_replica}
+
+
+def _count_replicas(details: dict[str, Any]) -> int:
+    """The replicas that Serve keeps for all models."""
+    deployments = details["applications"].get(APPLICATION, {}).get("deployments", {})
+    count: int = deployments.get(Replica.__name__, {}).get("target_num_replicas", 0)
+    return count
 
 
 def _say_replicas(deploy: DeploySpec) -> str:

@@ -1,33 +1,34 @@
 """Watches a candidate until it is known to be as good as what is served, or worse."""
 
 import time
+from collections.abc import Callable
 from typing import Any
-
-import ray
 
 from heliostat.errors import HeliostatError
 from heliostat.serve.delivery import Promote, TakeBack, judge
-from heliostat.serve.scores import NAMESPACE, Scoreboard, Scores, find_board
-from heliostat.serve.table import Candidate
+from heliostat.serve.scores import Scoreboard, Scores
+from heliostat.serve.table import Candidate, Placement
 
 LOOK_SECONDS, REPORT_SECONDS = 1.0, 5.0
 
 
-def follow(name: str, candidate: Candidate) -> str:
+def follow(
+    name: str,
+    candidate: Candidate,
+    board: Scoreboard,
+    find_placed: Callable[[], Placement],
+    pause: Callable[[float], None],
+) -> str:
     """Wait until the candidate has shown what it is; a sentence in its favour.
 
     Raises:
-        HeliostatError: it is worse, the sentence says in what.
+        HeliostatError: it is worse, the sentence says in what; or it is no candidate any more.
     """
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
-    board = (
-        ray.remote(Scoreboard)
-        .options(name=find_board(name, candidate.proposal), namespace=NAMESPACE, num_cpus=0)
-        .remote()
-    )
     began = reported = time.monotonic()
     while True:
-        scores: Scores = ray.get(board.read.remote())
+        if find_placed().candidate != candidate:
+            raise HeliostatError("another deploy has ended it")
+        scores = board.read()
         now = time.monotonic()
         verdict = judge(candidate.terms, scores.served, scores.candidate, now - began)
         match verdict:
@@ -38,7 +39,7 @@ def follow(name: str, candidate: Candidate) -> str:
         if now - reported >= REPORT_SECONDS:
             reported = now
             print(f"{now - began:4.0f} s: {_render(scores)}", flush=True)
-        time.sleep(LOOK_SECONDS)
+        pause(LOOK_SECONDS)
 
 
 def _render(scores: Scores) -> str:

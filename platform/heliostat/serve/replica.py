@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message
 
 from heliostat import registry
 from heliostat.serve.fork import Call, Fork, Side, replay
+from heliostat.serve.load import Load
 from heliostat.serve.table import Candidate
 from heliostat.spec import Positive, Section, VllmSpec
 from heliostat.storage import connect
@@ -35,6 +36,7 @@ class Plan(Section):
     vllm: VllmSpec | None
     gpus: float
     auth: bool
+    scales: bool
 
 
 def fill_shelf(plan: Plan) -> "Shelf":
@@ -86,6 +88,7 @@ class Replica:
         self._handles: dict[str, Any] = {}
         self._fork: Fork | None = None
         self._shelf: Shelf | None = None
+        self._load: Load | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from heliostat.keys import Keyring, follow
@@ -113,7 +116,13 @@ class Replica:
             ring.refresh()
             follow(ring)
         app = Repeats(self._fork, line, find_limits(plan))
-        return Identity(Gate(app, ring.find if plan.auth else None, Desk(line.send)))
+        gate = Gate(app, ring.find if plan.auth else None, Desk(line.send))
+        self._load = Load(gate) if plan.scales else None
+        return Identity(self._load or gate)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks a replica for that is one of a changing number."""
+        return self._load.take() if self._load else {}
 
     def reconfigure(self, candidates: Mapping[str, Any]) -> None:
         """Which candidates there are now; Serve calls this with the deployment's user_config."""

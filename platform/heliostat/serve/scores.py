@@ -9,8 +9,8 @@ import ray
 
 from heliostat.serve.delivery import Tally
 from heliostat.serve.fork import Side
+from heliostat.serve.office import NAMESPACE
 
-NAMESPACE = "heliostat"
 FLUSH_SECONDS = 1.0
 
 
@@ -21,7 +21,7 @@ class Scores:
 
 
 class Scoreboard:
-    """An actor that lives as long as somebody follows the candidate of `name`."""
+    """The sums of one candidate, and of the version served beside it."""
 
     def __init__(self) -> None:
         self._sums: dict[Side, Tally] = {"served": Tally(), "candidate": Tally()}
@@ -35,7 +35,7 @@ class Scoreboard:
 
 
 def find_board(name: str, proposal: str) -> str:
-    """The actor's name; those of an earlier candidate are not counted for a later one."""
+    """The name of the actor that has the board; that of an earlier candidate is another one."""
     return f"candidate-{name}-{proposal}"
 
 

@@ -89,7 +89,10 @@ def propose(placed: Placement | None, candidate: Candidate) -> Placement:
     return placed.model_copy(update={"candidate": candidate})
 
 
-def withdraw(placed: Placement) -> Placement:
+def withdraw(placed: Placement, candidate: Candidate) -> Placement:
+    """Without `candidate`; one that has taken its place stays."""
+    if placed.candidate != candidate:
+        return placed
     return placed.model_copy(update={"candidate": None})
 
 

@@ -46,8 +46,11 @@ class DeploySpec(Section):
 
     The models that a replica holds share `max_model_mib`; one that was dropped is loaded again when
     it is asked for. `keep_previous` versions of each model stay served by their number. Replicas
-    from a fewest to a most, `[0, 4]`, follow the requests that wait: `target_requests` a replica.
-    A language model continues `max_streams` texts at once, each of at most `max_context` tokens
+    from a fewest to a most, `[0, 4]`, follow what they are asked: there are as many as have
+    `target_requests` inside each on average or, if that is more, as let 95 % of the answers begin
+    within `latency_target_ms`. More come after `scale_up_s` for which they were wanted, fewer (none
+    too, if 0 is the fewest) after `scale_down_s`; a request that finds none waits for the first. A
+    language model continues `max_streams` texts at once, each of at most `max_context` tokens
     with its prompt (None: the blocks it was trained on), and keeps memory for all of them; `engine`
     is what does so, the one of this package or a vLLM beside each replica. With `auth` only those
     with an API key are answered, the same for all models.
@@ -56,6 +59,9 @@ class DeploySpec(Section):
     version: Positive | None = None
     replicas: Positive | tuple[Natural, Positive] = 1
     target_requests: Positive = 8
+    latency_target_ms: PositiveFloat | None = None
+    scale_up_s: PositiveFloat = 10
+    scale_down_s: PositiveFloat = 300
     cpus_per_replica: PositiveFloat = 1
     gpus_per_replica: NaturalFloat = 0
     keep_previous: Natural = 1
@@ -76,4 +82,13 @@ class DeploySpec(Section):
     def _fewest_come_first(self) -> Self:
         if isinstance(self.replicas, tuple) and self.replicas[0] > self.replicas[1]:
             raise ValueError(f"replicas go from a fewest to a most, not {list(self.replicas)}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_latency_is_reached_by_replicas(self) -> Self:
+        if self.latency_target_ms and isinstance(self.replicas, int):
+            raise ValueError(
+                "latency_target_ms needs a number of replicas that can change: "
+                f"give replicas=[1, {self.replicas + 1}], from a fewest to a most"
+            )
         return self

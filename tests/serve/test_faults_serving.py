@@ -1,0 +1,202 @@
+"""What dies below a served model, under load, and what its clients see of that: the figures."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import httpx
+import psutil
+import pytest
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.util.state import list_actors
+
+from deploying import (
+    APPLICATION,
+    Wait,
+    answers,
+    count_failed,
+    deploy,
+    list_replicas,
+    make_spec,
+    predict_online,
+    publish,
+    steady_load,
+)
+from heliostat.local import Cluster, processes
+from heliostat.serve.table import Placement, read_table
+from heliostat.storage import Store
+
+pytestmark = [pytest.mark.cluster, pytest.mark.faults]
+
+REPLICA_KILLS, CONTROLLER_KILLS, PROXY_KILLS = 20, 3, 3
+CLIENTS = 3
+
+
+@pytest.fixture(autouse=True)
+def served(store: Store, digits: str) -> None:
+    """Each begins with one replica of digits:1."""
+    deploy(make_spec(store.uri, version=1))
+
+
+def tell(goal: str, what: str, answered: Counter[object]) -> None:
+    print(f"\n{goal}: {what}: {count_failed(answered)} failed of {answered.total():,} requests")
+
+
+def find_pids(class_name: str) -> list[int]:
+    found = list_actors(filters=[("class_name", "=", class_name), ("state", "=", "ALIVE")])
+    return [actor.pid for actor in found]
+
+
+def kill_actor(class_name: str, wait_until: Wait) -> None:
+    """SIGKILL the one actor of the class, and wait until another has taken its place."""
+    (killed,) = find_pids(class_name)
+    psutil.Process(killed).kill()
+    wait_until(lambda: find_pids(class_name) not in ([], [killed]), 60)
+
+
+def test_five_updates_lose_none_of_ten_thousand_requests(
+    store: Store, digits: str, wait_until: Wait
+) -> None:
+    with steady_load(digits, 4) as answered:
+        for version in (2, 1, 2, 1, 2):
+            deploy(make_spec(store.uri, version=version))
+        wait_until(lambda: answered.total() >= 10_000, 600)
+    tell("G-1", "5 updates", answered)
+    assert set(answered) == {(200, 1), (200, 2)}
+
+
+def test_killed_replicas_cost_no_request(
+    store: Store, digits: str, serve_client: ServeSubmissionClient, wait_until: Wait
+) -> None:
+    deploy(make_spec(store.uri, version=1, replicas=2))
+
+    def find_running() -> set[int]:
+        return {replica["pid"] for replica in list_replicas(serve_client)}
+
+    with steady_load(digits, CLIENTS) as answered:
+        for _ in range(REPLICA_KILLS):
+            killed = find_running().pop()
+            psutil.Process(killed).kill()
+            wait_until(lambda killed=killed: len(find_running() - {killed}) == 2, 60)
+    tell("G-3", f"{REPLICA_KILLS} replicas killed, one of two at a time", answered)
+    assert count_failed(answered) == 0, answered
+
+
+def test_a_killed_controller_costs_no_request_and_deploys_again(
+    store: Store, digits: str, wait_until: Wait
+) -> None:
+    with steady_load(digits, CLIENTS) as answered:
+        for _ in range(CONTROLLER_KILLS):
+            kill_actor("ServeController", wait_until)
+        deploy(make_spec(store.uri, version=2))
+        assert predict_online(digits)[0] == 2
+    tell("G-4", f"{CONTROLLER_KILLS} controllers killed", answered)
+    assert count_failed(answered) == 0, answered
+
+
+def test_a_killed_proxy_costs_what_is_inside_it(
+    cluster: Cluster, digits: str, wait_until: Wait
+) -> None:
+    marker = cluster.state.marker("ray")
+    direct = f"{cluster.serve_url}/v1/models/digits:predict"
+    away = []
+    with steady_load(digits, CLIENTS) as answered:
+        for _ in range(PROXY_KILLS):
+            before = answered.total()
+            wait_until(lambda before=before: answered.total() > before + 100)
+            killed = [p for p in processes.find(marker) if p.info["name"] == "haproxy"]
+            assert killed
+            for process in killed:
+                process.kill()
+            began, before = time.monotonic(), answered.total()
+            wait_until(lambda: not answers(direct))
+            wait_until(lambda: answers(direct))
+            away.append(time.monotonic() - began)
+            assert answered.total() > before  # the spare proxy answered meanwhile
+    tell("G-5", f"Serve's proxy away for {', '.join(f'{s:.1f}' for s in away)} s", answered)
+    assert count_failed(answered) <= PROXY_KILLS * CLIENTS, answered
+    assert max(away) < 20
+
+
+def test_a_killed_keeper_of_the_proxy_costs_what_is_inside_and_leaves_no_stale_one(
+    store: Store, digits: str, wait_until: Wait
+) -> None:
+    with steady_load(digits, CLIENTS) as answered:
+        kill_actor("HAProxyManager", wait_until)
+        deploy(make_spec(store.uri, version=2))
+        wait_until(lambda: answered[200, 2] > 100)
+    tell("G-5", "the actor that keeps Serve's proxy killed", answered)
+    assert count_failed(answered) <= CLIENTS, answered
+    later: Counter[object] = Counter()
+    for _ in range(100):  # each over a connection of its own, which a stale one would take half of
+        response = httpx.get(httpx.URL(digits).join("/v1/models"), timeout=30)
+        later[response.status_code, response.json()["models"][0]["version"]] += 1
+    assert later == {(200, 2): 100}
+
+
+class Canary:
+    """`heliostat deploy` in a process of its own, which follows a canary of digits."""
+
+    def __init__(self, store: Store, version: int, min_requests: int) -> None:
+        command = [sys.executable, "-m", "heliostat.cli", "deploy", f"digits:{version}"]
+        command += ["--root", store.uri, "--canary", "30%", "candidate.max_latency_ratio=100"]
+        command += [f"candidate.min_requests={min_requests}"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def await_requests(self) -> None:
+        """Until it has told how the candidate does."""
+        assert self.process.stdout is not None
+        assert any(" requests, " in line for line in self.process.stdout)
+
+
+@pytest.fixture
+def start_canary(store: Store) -> Iterator[Callable[[int, int], Canary]]:
+    started: list[Canary] = []
+
+    def start(version: int, min_requests: int) -> Canary:
+        started.append(Canary(store, version, min_requests))
+        return started[-1]
+
+    yield start
+    for canary in started:
+        canary.process.kill()
+        canary.process.wait()
+
+
+def test_a_canary_outlives_the_command_that_follows_it_and_its_steward(
+    store: Store,
+    digits: str,
+    start_canary: Callable[[int, int], Canary],
+    serve_client: ServeSubmissionClient,
+    wait_until: Wait,
+) -> None:
+    new = publish(store, 700).number
+    with steady_load(digits, CLIENTS) as answered:
+        canary = start_canary(new, 1500)
+        canary.await_requests()
+        canary.process.kill()
+        kill_actor("Steward", wait_until)
+        wait_until(lambda: read_table(store).models["digits"].number == new, 120)
+        wait_until(
+            lambda: list(serve_client.get_serve_details()["applications"]) == [APPLICATION], 60
+        )
+        assert predict_online(digits)[0] == new
+    assert set(answered) == {(200, 1), (200, new)}
+    assert read_table(store).models["digits"] == Placement(number=new, previous=(1,))
+
+
+def test_an_interrupted_canary_is_taken_back(
+    store: Store, digits: str, start_canary: Callable[[int, int], Canary], wait_until: Wait
+) -> None:
+    before, new = read_table(store), publish(store, 701).number
+    with steady_load(digits, CLIENTS) as answered:
+        canary = start_canary(new, 1_000_000)
+        canary.await_requests()
+        canary.process.send_signal(signal.SIGINT)
+        assert canary.process.wait(60) != 0
+    assert set(answered) == {(200, 1), (200, new)}
+    assert read_table(store) == before
+    wait_until(lambda: find_pids("Steward") == [])
