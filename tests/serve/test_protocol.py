@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,36 @@ def test_an_image_is_the_same_as_numbers_as_base64_and_as_a_file() -> None:
     numbers = parse(GREY, [PIXELS])
     assert parse(GREY, [{"b64": base64.b64encode(file).decode()}]) == numbers
     assert parse_body(GREY, "image/png", file)["image"].tolist() == numbers["image"]
+
+
+@pytest.mark.parametrize("pixels", [PIXELS, [[0.5, 1, 2], [3, 4, 255.0]]])
+@pytest.mark.parametrize("body", ['{"instances":%s}', ' {\n"instances" : %s }\n'])
+def test_pixels_are_the_same_however_they_are_written(pixels: Any, body: str) -> None:
+    text = (body % json.dumps([pixels])).encode()
+    found = parse_body(GREY, JSON_TYPE, text)["image"]
+    assert found.shape == (1, 2, 3, 1)
+    assert found[0, :, :, 0].tolist() == pixels
+
+
+@pytest.mark.parametrize(
+    ("pixel", "status", "field"),
+    [
+        ("256", 422, "instances[1][0][0]"),
+        ("-1", 422, "instances[1][0][0]"),
+        ("255.00000001", 422, "instances[1][0][0]"),
+        ("[1]", 422, "instances[1][0][0]"),
+        ("null", 422, "instances[1][0][0]"),
+        ("1,1", 422, "instances[1][0]"),
+        ("1 1", 400, None),
+        ("", 400, None),
+    ],
+)
+def test_a_pixel_that_is_none_is_refused_by_its_path(
+    pixel: str, status: int, field: str | None
+) -> None:
+    body = f'{{"instances": [[[0, 1, 2], [3, 4, 255]], [[{pixel}, 1, 2], [3, 4, 255]]]}}'
+    refusal = refuse(GREY, JSON_TYPE, body.encode())
+    assert (refusal.status, refusal.field) == (status, field)
 
 
 def encode_blank(side: int) -> bytes:

@@ -4,15 +4,12 @@ import asyncio
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -20,26 +17,28 @@ from statistics import median
 from typing import Any
 
 import aiohttp
-import safetensors.torch
 import torch
 from torch import nn
 
-from heliostat import registry, storage
-from heliostat.data.features import BlockFeatures, features_to_json
+from heliostat import storage
+from heliostat.benchmark.published import publish
+from heliostat.benchmark.servers import find_port, run_server
+from heliostat.data.features import BlockFeatures
 from heliostat.data.tokens import Vocabulary, describe_tokenizer, learn_tokenizer, store_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.export import export_hf
 from heliostat.models import build, count_parameters
-from heliostat.registry import Draft, Version
-from heliostat.signature import Blocks, NextToken, Signature, output_to_json
-from heliostat.spec import GptSpec, dump, parse
+from heliostat.registry import Version
+from heliostat.signature import Blocks, NextToken, Signature
+from heliostat.spec import GptSpec
 
 SPEC = GptSpec(kind="gpt", layers=5, width=256, heads=8, kv_heads=4, init=None)
 VOCAB, CONTEXT = 4608, 256
 STD = 0.1  # weights so large that two implementations choose the same likeliest tokens
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
-START_SECONDS, ANSWER_SECONDS = 420.0, 300.0
+ANSWER_SECONDS = 300.0
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 PEERS = Path(os.environ.get("HELIOSTAT_PEERS", "/tmp/heliostat-peers"))
 
 Prompt = list[int]
@@ -65,7 +64,7 @@ class Outcome:
 def measure(repeats: int, report: Callable[[str], None]) -> Outcome:
     """Each peer serves the same weights, and all take turns."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        version, store = publish(Path(folder, "bucket"))
+        version, store = publish_llama(Path(folder, "bucket"))
         layout = Path(folder, "llama")
         export_hf(store, version, storage.connect(str(layout)))
         startup: dict[str, float | None] = dict.fromkeys(["heliostat", "vllm", "transformers"])
@@ -75,8 +74,9 @@ def measure(repeats: int, report: Callable[[str], None]) -> Outcome:
                 port = find_port()
                 log = Path(folder, f"{name}.log")
                 began = time.perf_counter()
-                stack.enter_context(run_server([*command, str(port)], log))
                 urls[name] = f"http://127.0.0.1:{port}"
+                server = run_server([*command, str(port)], f"{urls[name]}/v1/models", log, QUIET)
+                stack.enter_context(server)
                 startup[name] = time.perf_counter() - began
                 report(f"{name} answers after {startup[name]:.1f} s")
         found: dict[str, dict[int, list[Reading]]] = {}
@@ -114,7 +114,7 @@ def commands(root: str, ref: str, layout: Path) -> dict[str, list[str]]:
     }
 
 
-def publish(root: Path) -> tuple[Version, storage.Store]:
+def publish_llama(root: Path) -> tuple[Version, storage.Store]:
     """A Llama of some 4.9 M parameters, with random weights and a tokenizer of English."""
     store = storage.connect(str(root))
     tokenizer = learn_tokenizer(topics.values(), VOCAB)
@@ -122,20 +122,7 @@ def publish(root: Path) -> tuple[Version, storage.Store]:
     store_tokenizer(store, tokenizer)
     network = build_network(known)
     features = BlockFeatures(CONTEXT, known.size, known.end, known.sha256, known.token_bytes)
-    document = {"name": "benchmark", "data": {"source": "s3://none"}, "model": SPEC.model_dump()}
-    draft = Draft(
-        name="benchmark",
-        output=output_to_json(NextToken()),
-        features=features_to_json(features),
-        spec=dump(parse(document)),
-        data_name="none",
-        data_version=sha256(b"").hexdigest()[:16],
-        run="none",
-        step=0,
-        code="",
-        metrics={},
-    )
-    return registry.publish(store, draft, safetensors.torch.save(network.state_dict())), store
+    return publish(store, "benchmark", SPEC, features, NextToken(), network), store
 
 
 def build_network(known: Vocabulary) -> nn.Module:
@@ -146,42 +133,6 @@ def build_network(known: Vocabulary) -> nn.Module:
             nn.init.normal_(parameter, std=STD)
     print(f"{count_parameters(network):,} parameters", flush=True)
     return network
-
-
-@contextmanager
-def run_server(command: list[str], log: Path) -> Iterator[None]:
-    """A server until it answers, and to the end of the block.
-
-    Raises:
-        HeliostatError: it ends, or does not answer in time; the sentence has its last lines.
-    """
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, env={**os.environ, **quiet}, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{command[-1]}/v1/models"
-        if not asyncio.run(await_answer(url, process)):
-            last = " ".join(log.read_text(errors="replace").split())[-600:]
-            raise HeliostatError(f"{' '.join(command[:3])} does not answer: {last}")
-        yield
-    finally:
-        process.terminate()
-        process.wait(START_SECONDS)
-
-
-async def await_answer(url: str, process: "subprocess.Popen[bytes]") -> bool:
-    deadline = time.monotonic() + START_SECONDS
-    async with aiohttp.ClientSession() as http:
-        while process.poll() is None and time.monotonic() < deadline:
-            try:
-                async with http.get(url) as response:
-                    if response.status == 200:
-                        return True
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.05)
-    return False
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -261,9 +212,3 @@ def load_static(llama: Any, streams: int) -> Reading:
 
 def best(readings: Sequence[Reading]) -> Reading:
     return max(readings, key=lambda reading: reading.tokens_per_second)
-
-
-def find_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port

@@ -1,6 +1,7 @@
 """Rows as a model's arrays: the one code that applies `features`, in training and serving."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import repeat
 from typing import Any, cast
 
@@ -74,10 +75,18 @@ def stack_series(rows: Sequence[NDArray[np.float32]]) -> NDArray[Any]:
 
 
 def _encode_image(features: ImageFeatures, pixels: NDArray[Any]) -> NDArray[np.float32]:
-    mean, std = np.array(features.mean), np.array(features.std)
-    scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-    normal = pixels.astype(np.float32) * scale + shift
+    scale, shift = _find_scale(features)
+    normal = pixels.astype(np.float32)
+    normal *= scale
+    normal += shift
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
+
+
+@lru_cache(64)
+def _find_scale(features: ImageFeatures) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """By channel: what a pixel is multiplied by, and what is added then."""
+    mean, std = np.array(features.mean), np.array(features.std)
+    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
 
 def _pad(rows: NDArray[Any]) -> Arrays:

@@ -26,7 +26,7 @@ from heliostat.data.features import (
     TableFeatures,
     TextFeatures,
 )
-from heliostat.data.nested import NUMBERS_OR_NULL, are_pixels, read_numbers
+from heliostat.data.nested import NUMBERS_OR_NULL, are_pixels, read_numbers, scan_numbers
 from heliostat.data.pixels import BROKEN_IMAGE, decode_image, open_image
 from heliostat.errors import HeliostatError
 
@@ -71,6 +71,27 @@ def parse_instances(features: Features, instances: list[object]) -> Columns:
         case BlockFeatures():
             raise FieldError("instances", "cannot be given: a language model is asked otherwise")
     return _parse_rows(features, instances)
+
+
+def scan_images(features: ImageFeatures, text: bytes) -> NDArray[Any] | None:
+    """The same pixels from JSON that is a list of images, all of them numbers in 0..255.
+
+    None if it is anything else, which `parse_instances` may still take.
+    """
+    height, width, channels = features.height, features.width, features.channels
+    numbers = scan_numbers(text, (height, width) if channels == 1 else (height, width, channels))
+    if numbers is None:
+        return None
+    try:
+        pixels: NDArray[Any] = np.frombuffer(bytes(cast(list[int], numbers)), np.uint8)
+    except ValueError:
+        return None
+    except TypeError:  # not only whole numbers
+        exact = np.array(numbers, np.float64)
+        if exact.min() < 0 or exact.max() > 255:
+            return None
+        pixels = exact.astype(np.float32)
+    return pixels.reshape(-1, height, width, channels)
 
 
 def _parse_images(features: ImageFeatures, instances: list[object]) -> NDArray[Any]:

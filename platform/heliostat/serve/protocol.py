@@ -1,10 +1,11 @@
 """The simple route: raw inputs to columns, probabilities or numbers by name to answers."""
 
+import re
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
-from pydantic_core import to_json
 
 from heliostat.data.features import (
     IMAGE,
@@ -16,7 +17,7 @@ from heliostat.data.features import (
     SeriesFeatures,
     TextFeatures,
 )
-from heliostat.data.instances import MAX_SERVED_PIXELS, FieldError, parse_instances
+from heliostat.data.instances import MAX_SERVED_PIXELS, FieldError, parse_instances, scan_images
 from heliostat.data.pixels import decode_image
 from heliostat.errors import HeliostatError
 from heliostat.serve.body import parse_json
@@ -25,6 +26,8 @@ from heliostat.signature import Classes, Numbers, Output
 
 IMAGE_TYPES = ("image/png", "image/jpeg")
 MAX_INSTANCES = 1024
+BLANKS = b" \t\r\n"
+ONLY_INSTANCES = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"instances"[ \t\r\n]*:')
 
 
 def parse_body(features: Features, content_type: str, body: bytes) -> Columns:
@@ -62,7 +65,7 @@ def render_predictions(
     """
     check_finite(values, "instances")
     predictions = [_render_row(output, row) for row in values.tolist()]
-    return to_json({"model": name, "version": version, "predictions": predictions})
+    return orjson.dumps({"model": name, "version": version, "predictions": predictions})
 
 
 def check_finite(values: NDArray[np.float32], path: str) -> None:
@@ -111,10 +114,23 @@ def zero_instance(features: Features) -> object:
 
 
 def _parse_document(features: Features, body: bytes) -> Columns:
+    if isinstance(features, ImageFeatures):
+        pixels = _scan_pixels(features, body)
+        if pixels is not None:
+            return {IMAGE: pixels}
     instances, options = split_document(parse_json(body))
     for key in options:
         raise Refusal(422, f"{key:.80} is unknown, the body has only instances", key)
     return parse_rows(features, instances)
+
+
+def _scan_pixels(features: ImageFeatures, body: bytes) -> NDArray[Any] | None:
+    """What most bodies are, lists of pixels and nothing else, in a tenth of the time."""
+    opening, closed = ONLY_INSTANCES.match(body), body.rstrip(BLANKS)
+    if not opening or not closed.endswith(b"}"):
+        return None
+    pixels = scan_images(features, closed[opening.end() : -1])
+    return pixels if pixels is not None and len(pixels) <= MAX_INSTANCES else None
 
 
 def split_document(document: Any) -> tuple[object, dict[str, Any]]:

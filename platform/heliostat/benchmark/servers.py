@@ -1,0 +1,62 @@
+"""Servers that a benchmark starts beside each other, each a process of its own."""
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from heliostat.errors import HeliostatError
+
+START_SECONDS = 420.0
+STOP_SECONDS = 30.0
+MAX_LOG_CHARS = 600
+
+
+@contextmanager
+def run_server(
+    command: Sequence[str], url: str, log: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """A server from the moment that `url` answers 200 to the end of the block.
+
+    Raises:
+        HeliostatError: it ends, or does not answer in time; the sentence has its last lines.
+    """
+    environment = {**os.environ, **(settings or {})}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=sink, env=environment, start_new_session=True
+        )
+    try:
+        if not _await_answer(url, process):
+            last = " ".join(log.read_text(errors="replace").split())[-MAX_LOG_CHARS:]
+            raise HeliostatError(f"{' '.join(command[:3])} does not answer: {last}")
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def find_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def _await_answer(url: str, process: "subprocess.Popen[bytes]") -> bool:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5.0) as response:
+                if response.status == 200:
+                    return True
+        except OSError:
+            time.sleep(0.05)
+    return False
