@@ -388,6 +388,7 @@ def test_a_second_cluster_lives_beside_the_first_and_goes_alone(
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 def test_a_half_failed_up_stops_what_it_started_and_says_why(new_home: Home) -> None:
     furnish(new_home)
     new_home.token.write_text("")
@@ -401,6 +402,7 @@ def test_a_half_failed_up_stops_what_it_started_and_says_why(new_home: Home) -> 
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_up_leaves_nothing_running(
     new_home: Home, wait_until: Callable[..., None], signum: int, status: int

@@ -145,6 +145,7 @@ def test_a_new_version_takes_over_without_a_lost_request(store: Store, digits: s
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 def test_a_version_that_cannot_start_never_replaces_the_one_that_serves(
     store: Store, digits: str, serve_client: ServeSubmissionClient
 ) -> None:

@@ -63,6 +63,7 @@ def test_any_worker_count_trains_the_same_model(store: Store) -> None:
     np.testing.assert_allclose(weights(one), weights(two), atol=1e-6)
 
 
+@pytest.mark.faults
 def test_a_killed_worker_costs_no_step(store: Store, wait_until: Callable[..., None]) -> None:
     manifest = make_data(store, {"train": 6000})
     settings: dict[str, Any] = {"epochs": 1, "global_batch": 8, "checkpoint_steps": 50}
@@ -139,6 +140,7 @@ def find_worker() -> psutil.Process:
     return psutil.Process(actors[0].pid)
 
 
+@pytest.mark.faults
 def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(store: Store) -> None:
     manifest = make_data(store)
     run = make_run(store, run="torn", checkpoint_steps=5)
@@ -155,14 +157,11 @@ def flip(data: bytes) -> bytes:
     return data[:40] + bytes([data[40] ^ 1]) + data[41:]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "damage",
-    [
-        pytest.param(flip, id="flip"),
-        pytest.param(lambda data: b"", id="empty", marks=pytest.mark.faults),
-        pytest.param(lambda data: data[: len(data) // 2], id="cut", marks=pytest.mark.faults),
-        pytest.param(None, id="gone", marks=pytest.mark.faults),
-    ],
+    [flip, lambda data: b"", lambda data: data[: len(data) // 2], None],
+    ids=["flip", "empty", "cut", "gone"],
 )
 def test_damaged_data_ends_the_run_in_a_sentence_that_names_the_shard(
     store: Store, damage: Callable[[bytes], bytes] | None
@@ -178,6 +177,7 @@ def test_damaged_data_ends_the_run_in_a_sentence_that_names_the_shard(
         train(make_run(store, max_failures=1), manifest)
 
 
+@pytest.mark.faults
 def test_a_loss_that_diverges_ends_the_run_in_a_sentence(store: Store) -> None:
     optimizer = {"kind": "sgd", "lr": 1e30}
     with pytest.raises(HeliostatError, match=r"not finite|the loss became"):
