@@ -10,7 +10,7 @@ from heliostat.signature import Output, output_to_json
 def draft(
     name: str, features: Features | None = None, output: Output | None = None, **others: Any
 ) -> Draft:
-    usual = {
+    usual: dict[str, Any] = {
         "output": output_to_json(output) if output else {},
         "features": features_to_json(features) if features else {},
         "spec": {},

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,10 +46,12 @@ def new_home() -> Iterator[Home]:
         local.stop(home)
 
 
-def run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(
+    *arguments: object, environment: Mapping[str, str] = os.environ
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "heliostat.cli", *map(str, arguments)],
-        env={**os.environ, **environment},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -91,6 +93,10 @@ def test_where_nothing_runs_each_command_says_so(new_home: Home) -> None:
     result = run("env", "--home", new_home.path)
     assert (result.returncode, result.stdout) == (2, "")
     assert "start it with `heliostat up`" in result.stderr
+    bare = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
+    result = run("models", "--home", new_home.path, environment=bare)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "start it with `heliostat up`, or name your bucket" in result.stderr
     assert run("down", "--home", new_home.path).stdout == "Nothing ran.\n"
     result = run("down", "--purge", "--home", new_home.path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from heliostat.errors import HeliostatError
+
 if TYPE_CHECKING:
     from heliostat.storage import Store
 
@@ -49,11 +51,20 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
 
 
 def open_store(options: argparse.Namespace) -> "Store":
-    """The store at `--root`, at the laptop cluster of `--home` if no variable names another."""
+    """The store at `--root`, at the laptop cluster of `--home` if no variable names another.
+
+    Raises:
+        HeliostatError: that is no place, or a bucket of the laptop cluster, which does not run.
+    """
     from heliostat import local, storage
 
     if not any(name in os.environ for name in STORE_VARIABLES):
-        cluster = local.find(local.locate(options.home))
+        home = local.locate(options.home)
+        cluster = local.find(home)
+        if cluster is None and f"{options.root}/".startswith(f"s3://{local.BUCKET}/"):
+            raise HeliostatError(
+                f"nothing runs in {home.path}: start it with `heliostat up`, or name your bucket"
+            )
         os.environ.update(cluster.env if cluster else {})
     return storage.connect(options.root)
 

@@ -23,6 +23,8 @@ from heliostat.local.home import Home, State, write_private
 
 NAME = "ray"
 READY_SECONDS = 180.0
+# Without a buffer, so that the last line of the log is the last thing that was said.
+PYTHON = [sys.executable, "-u", "-P", "-m"]
 # Serve binds the statistics of its HAProxy to every address and has no setting for that.
 CLOSE = """#!/bin/sh
 for word; do
@@ -72,7 +74,7 @@ def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subproc
         "object-store-memory": state.bounds.object_store_bytes,
         "temp-dir": state.ray_directory,
     }
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head"]
+    command = [*PYTHON, "ray.scripts.scripts", "start", "--head"]
     command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
     return processes.launch(state.marker(NAME), command, environment, home.ray_log)
 
@@ -82,7 +84,7 @@ def launch_serve(
 ) -> "subprocess.Popen[bytes]":
     """Import Ray Serve, beside the start of Ray, in a process that waits for `let_serve_start`."""
     address = f"127.0.0.1:{state.ports.gcs}"
-    command = [sys.executable, "-P", "-m", "heliostat.local.ingress", address]
+    command = [*PYTHON, "heliostat.local.ingress", address]
     command += [str(state.ports.serve)]
     return processes.launch(
         state.marker(NAME), command, environment, home.serve_log, stdin=subprocess.PIPE
