@@ -1,9 +1,10 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PEERS ?= /tmp/heliostat-peers
+VLLM ?= /opt/vllm
 READY := .venv/.ready
 
-.PHONY: demo test test-faults test-soak test-gpu peers check fix render clean
+.PHONY: demo test test-faults test-soak test-gpu vllm peers check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -19,6 +20,11 @@ test-soak: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+# For `deploy.engine=vllm`, on a node with GPUs: its pins never meet the platform's.
+vllm:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm==0.32.0
 
 # vLLM's CPU build for `jobs/benchmark.py generate`: its pins never meet the platform's.
 peers:
