@@ -2,9 +2,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PEERS ?= /tmp/heliostat-peers
 WEB_PEERS ?= /tmp/heliostat-web-peers
+VLLM ?= /opt/vllm
 READY := .venv/.ready
 
-.PHONY: demo test test-faults test-soak test-gpu peers peers-web peers-text check fix render clean
+.PHONY: demo test test-faults test-soak test-gpu vllm peers peers-web peers-text check fix render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -20,6 +21,11 @@ test-soak: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+# For `deploy.engine=vllm`, on a node with GPUs: its pins never meet the platform's.
+vllm:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm==0.32.0
 
 # What `jobs/benchmark.py serve` and `generate` measure beside: pins that never meet the platform's.
 peers: peers-web peers-text

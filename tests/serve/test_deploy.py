@@ -1,6 +1,7 @@
 """Versions on a real cluster, over real HTTP: what is deployed is what answers, without a gap."""
 
 import io
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import writing
 from deploying import (
     INSTANCES,
     PIXELS,
+    REPOSITORY,
     Wait,
     answers,
     deploy,
@@ -42,11 +44,13 @@ from heliostat.evaluate import load_predictor, predict
 from heliostat.keys import Limits
 from heliostat.local import Cluster
 from heliostat.serve.deploy import APPLICATION, rollback
-from heliostat.serve.engine.ask import Ask
+from heliostat.serve.engine.ask import Ask, Sampling
 from heliostat.serve.ledger import LEASE_SECONDS
 from heliostat.serve.table import Placement, Table, change_table, place, read_table
 from heliostat.storage import Store, connect
 from heliostat.usage import Sum
+
+STANDIN = REPOSITORY / "tests" / "standin.py"
 
 
 def publish_misfit(store: Store) -> registry.Version:
@@ -262,6 +266,33 @@ def test_replicas_share_a_keys_limit_and_all_is_in_the_bucket(
 
 
 @pytest.mark.cluster
+def test_replicas_compute_a_repeated_request_once(
+    store: Store, guarded: str, wait_until: Wait
+) -> None:
+    token, key = keys.create(store, "eve")
+    known = await_known(token, guarded, wait_until)
+    named = {**bearer(token), "idempotency-key": "order-1"}
+
+    def ask(number: int) -> httpx.Response:
+        return httpx.post(guarded, json=INSTANCES, headers=named, timeout=30)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(16)))
+    assert Counter(answer.status_code for answer in answers) == {200: 16}
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("idempotent-replayed" in answer.headers for answer in answers) == 15
+    other = {"instances": PIXELS[:1].tolist()}
+    assert httpx.post(guarded, json=other, headers=named).status_code == 422
+
+    def find_sum() -> Sum:
+        return usage.summarise(store, "key").get(key.id, Sum())
+
+    wait_until(lambda: find_sum().requests >= known + 17)
+    used = find_sum()
+    assert used.rows == len(PIXELS) * (used.requests - used.errors - 15)
+
+
+@pytest.mark.cluster
 @pytest.mark.faults
 def test_neither_a_killed_office_nor_a_redeploy_loses_a_request_or_its_record(
     store: Store, guarded: str, wait_until: Wait
@@ -314,6 +345,40 @@ def test_a_language_model_writes_over_http_what_it_writes_alone_and_is_charged_b
         lambda: usage.summarise(store, "key").get(key.id, Sum()).tokens_out == 2 * len(alone)
     )
     deploy(make_spec(store.uri, version=before))
+
+
+@pytest.mark.cluster
+@pytest.mark.faults
+def test_a_vllm_writes_for_its_replica_and_when_it_dies_both_are_replaced(
+    cluster: Cluster, store: Store, digits: str, tmp_path: Path, wait_until: Wait
+) -> None:
+    program = tmp_path / "vllm"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {STANDIN} "$@"\n')
+    program.chmod(0o755)
+    store_tokenizer(store, writing.TOKENIZER)
+    writing.publish(store, writing.NETWORKS["tied"].state_dict())
+    before = read_table(store).models["digits"].number
+    vllm = {"program": str(program), "dtype": "float32"}
+    url = deploy(make_spec(store.uri, "rays", engine="vllm", vllm=vllm))
+    (alone,) = writing.make_engine("tied").generate([Ask((5, 6), 6, sampling=Sampling(0.0))])
+    body = {"model": "rays", "prompt": [5, 6], "max_tokens": 6, "temperature": 0, "logprobs": 0}
+    told = httpx.post(url, json=body, timeout=30).json()
+    spell = parse_tokenizer(writing.TOKENIZER, "the tests").decode
+    assert told["choices"][0]["logprobs"]["tokens"] == [spell([token]) for token in alone]
+    first = find_standins()
+    psutil.Process(*first).kill()
+    wait_until(lambda: find_standins() not in (first, set()), 120)
+    wait_until(lambda: httpx.post(url, json=body, timeout=30).is_success, 120)
+    deploy(make_spec(store.uri, version=before))
+    wait_until(lambda: not find_standins(), 60)
+
+
+def find_standins() -> set[int]:
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if str(STANDIN) in (process.info["cmdline"] or ())
+    }
 
 
 def bearer(token: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ of it here was asked of vLLM itself by hand.
 
 import asyncio
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -332,6 +333,17 @@ def test_one_that_ends_is_503_and_unhealthy_and_says_why(
 async def take_all(answer: Answer) -> None:
     while await answer.take():
         pass
+
+
+def test_one_that_says_nothing_any_more_is_unhealthy_until_it_does(
+    language: Language, wait_until: WaitUntil
+) -> None:
+    server = find_server(language)
+    server.pulse.heard = -math.inf
+    with pytest.raises(HeliostatError, match="has not said for 60 s that it is well"):
+        language.runner.check()
+    wait_until(lambda: server.pulse.heard > 0)
+    language.runner.check()
 
 
 def find_program(server: Server) -> psutil.Process:

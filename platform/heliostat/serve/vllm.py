@@ -22,6 +22,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 1800.0  # of large weights, and of what is compiled for them
 POLL_SECONDS = 0.2
 ASK_SECONDS = 120.0
+PULSE_SECONDS = 5.0
+SILENCE_SECONDS = 60.0  # without an answer to whether it is well
 KEPT_LINES = 2000
 # What it sees of the replica's environment: nothing of Ray, of the bucket or of this Python.
 PASSED = re.compile(
@@ -113,11 +116,19 @@ class Launch:
         return {**passed, **QUIET, "VLLM_API_KEY": self.key}
 
 
+@dataclass
+class Pulse:
+    """When it last said that it is well, in monotonic seconds."""
+
+    heard: float = math.inf
+
+
 class Server:
     """A vLLM that runs as long as this object is held, and not longer than this process."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
+        self.pulse = Pulse()
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", leash.__file__, launch.folder, *launch.command],
@@ -136,20 +147,25 @@ class Server:
         self._release = weakref.finalize(self, self.process.stdin.close)
 
     def check(self) -> None:
-        """Raises HeliostatError: it has ended; the sentence has the reason that it told."""
+        """Raises HeliostatError: it has ended, for the reason that it told, or hangs."""
         status = self.process.poll()
         if status is not None:
             self._reader.join(1)
             raise HeliostatError(f"vLLM ended with status {status}: {find_cause(self._lines)}")
+        if time.monotonic() - self.pulse.heard > SILENCE_SECONDS:
+            raise HeliostatError(f"vLLM has not said for {SILENCE_SECONDS:g} s that it is well")
 
     def await_ready(self, seconds: float = START_SECONDS) -> None:
         """Raises HeliostatError: it ends, or does not answer in time."""
         deadline = time.monotonic() + seconds
-        while not self._is_ready():
+        while not is_well(self.launch):
             self.check()
             if time.monotonic() > deadline:
                 raise HeliostatError(f"vLLM does not answer after {seconds:g} s")
             time.sleep(POLL_SECONDS)
+        self.pulse.heard = time.monotonic()
+        listening = (self.launch, self.process, self.pulse)
+        threading.Thread(target=_listen, args=listening, daemon=True).start()
 
     def measure(self, tokens: Sequence[int]) -> float:
         """The log probability of `tokens`, at least two, after the first of them.
@@ -176,15 +192,9 @@ class Server:
         self._release()
         self.process.wait()
 
-    def _is_ready(self) -> bool:
-        try:
-            return self._exchange("GET", "/health", None)[0] == 200
-        except OSError:
-            return False
-
     def _ask(self, body: Mapping[str, Any]) -> Any:
         try:
-            status, answer = self._exchange("POST", PATH, json.dumps(body).encode())
+            status, answer = exchange(self.launch, "POST", PATH, json.dumps(body).encode())
         except (OSError, http.client.HTTPException) as error:
             self.check()
             raise HeliostatError(f"vLLM does not answer: {error}") from error
@@ -192,15 +202,22 @@ class Server:
             raise HeliostatError(f"vLLM answers {status}: {answer[:400].decode(errors='replace')}")
         return json.loads(answer)
 
-    def _exchange(self, method: str, url: str, body: bytes | None) -> tuple[int, bytes]:
-        connection = _SocketConnection(self.launch.socket, ASK_SECONDS)
-        headers = {**self.launch.headers, "content-type": "application/json"}
-        try:
-            connection.request(method, url, body, headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
+
+def exchange(launch: Launch, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+    """The status and the body of its answer."""
+    connection = _SocketConnection(launch.socket, ASK_SECONDS)
+    headers = {**launch.headers, "content-type": "application/json"}
+    with closing(connection):
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def is_well(launch: Launch) -> bool:
+    try:
+        return exchange(launch, "GET", "/health", None)[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 class _SocketConnection(http.client.HTTPConnection):
@@ -316,6 +333,13 @@ def find_cause(lines: Iterable[str]) -> str:
 def _pair(choice: Mapping[str, Any], prompt: Sequence[int]) -> Iterator[tuple[Any, int]]:
     """What is told of each token of the prompt but the first, of which nothing is."""
     return zip(choice["prompt_logprobs"][1:], prompt[1:], strict=True)
+
+
+def _listen(launch: Launch, process: "subprocess.Popen[bytes]", pulse: Pulse) -> None:
+    while process.poll() is None:
+        if is_well(launch):
+            pulse.heard = time.monotonic()
+        time.sleep(PULSE_SECONDS)
 
 
 def _keep_lines(output: Any, lines: "deque[str]") -> None:
