@@ -27,7 +27,7 @@ from heliostat.storage import Store
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
-SCALE = {"replicas": [0, 2], "scale_up_s": 2, "scale_down_s": 2}
+SCALE: dict[str, Any] = {"replicas": [0, 2], "scale_up_s": 2, "scale_down_s": 2}
 
 
 def await_none(client: ServeSubmissionClient, wait_until: Wait) -> None:

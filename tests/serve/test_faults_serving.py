@@ -14,7 +14,6 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.util.state import list_actors
 
 from deploying import (
-    APPLICATION,
     Wait,
     answers,
     count_failed,
@@ -26,6 +25,7 @@ from deploying import (
     steady_load,
 )
 from heliostat.local import Cluster, processes
+from heliostat.serve.deploy import APPLICATION
 from heliostat.serve.table import Placement, read_table
 from heliostat.storage import Store
 
@@ -142,8 +142,8 @@ class Canary:
 
     def __init__(self, store: Store, version: int, min_requests: int) -> None:
         command = [sys.executable, "-m", "heliostat.cli", "deploy", f"digits:{version}"]
-        command += ["--root", store.uri, "--canary", "30%", "candidate.max_latency_ratio=100"]
-        command += [f"candidate.min_requests={min_requests}"]
+        command += [f"candidate.min_requests={min_requests}", "candidate.max_latency_ratio=100"]
+        command += ["--root", store.uri, "--canary", "30%"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def await_requests(self) -> None:
