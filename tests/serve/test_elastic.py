@@ -9,7 +9,7 @@ import httpx
 import pytest
 import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from deploying import (
     INSTANCES,
@@ -27,7 +27,7 @@ from heliostat.storage import Store
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
-SCALE = {"replicas": [0, 2], "scale_up_s": 2, "scale_down_s": 2}
+SCALE: dict[str, Any] = {"replicas": [0, 2], "scale_up_s": 2, "scale_down_s": 2}
 
 
 def await_none(client: ServeSubmissionClient, wait_until: Wait) -> None:
@@ -70,30 +70,19 @@ def test_late_answers_bring_a_replica_that_goes_again_without_a_lost_request(
     assert set(answered) == set(later) == {(200, 1)}
 
 
-class Holder:
-    """Takes CPUs."""
-
-    def hold(self) -> None:
-        pass
-
-
 @pytest.fixture
 def fill_head(cluster: Cluster) -> Iterator[Callable[[], None]]:
-    """Takes every CPU of the head that is free."""
+    """Takes every CPU that is free, which on the one node there is are those of the head."""
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     held: list[Any] = []
 
     def fill() -> None:
-        (node,) = (node for node in ray.nodes() if node["Alive"])
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        cpus = ray.available_resources().get("CPU", 0)
-        actor = ray.remote(Holder).options(num_cpus=cpus, scheduling_strategy=there).remote()
-        held.append(actor)
-        ray.get(actor.hold.remote())
+        held.append(placement_group([{"CPU": ray.available_resources()["CPU"]}]))
+        assert held[-1].wait(30)
 
     yield fill
-    for actor in held:
-        ray.kill(actor)
+    for group in held:
+        remove_placement_group(group)
 
 
 def test_a_served_version_outlives_its_job_and_starts_on_a_node_that_came_later(

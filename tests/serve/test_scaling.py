@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cloudpickle
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from ray import cloudpickle
 from starlette.types import Message, Receive, Scope, Send
 
 from heliostat.serve import scaling

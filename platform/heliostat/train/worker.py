@@ -1,5 +1,6 @@
 """One worker of a run as Ray Train starts it: its process group, its place, and what ends it."""
 
+import os
 import warnings
 
 import ray
@@ -18,9 +19,16 @@ from heliostat.train.job import Job, failure_key
 from heliostat.train.loop import Ranks
 from heliostat.train.rank import Place, train_rank
 
+# Of 19, the last in the line for a core; Ray starts its workers, replicas too, with 15.
+NICENESS = 19
+
 
 def work(job: Job) -> None:
-    """Train one rank; a failure that a retry cannot mend is written down and ends the run."""
+    """Train one rank; a failure that a retry cannot mend is written down and ends the run.
+
+    What a served model on the same machine is asked comes first.
+    """
+    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)  # of this thread and those that it starts
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     device = _find_device(job.spec.train.gpus_per_worker)
