@@ -34,7 +34,7 @@ peers-web:
 	$(PYTHON) -m venv $(WEB_PEERS)
 	$(WEB_PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	$(WEB_PEERS)/bin/pip install --quiet --disable-pip-version-check \
-	    litserve==0.2.19 bentoml==1.4.40 uvloop httptools
+	    litserve==0.2.19 bentoml==1.4.39 uvloop httptools
 
 peers-text:
 	$(PYTHON) -m venv $(PEERS)

@@ -57,6 +57,7 @@ REQUIRED = (
 )
 TUNED = (
     Setting("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1", "user code in the replica's own event loop"),
+    Setting("RAY_SERVE_HAPROXY_METRICS_ENABLED", "0", "replicas count; not a line each to Python"),
     Setting("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "0.3", "a dead proxy is missed after 1 s"),
     Setting("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "5", "a busy one is not dead"),
     Setting("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response", "a replica was killed"),

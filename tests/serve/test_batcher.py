@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from heliostat.serve.batcher import PIECE_ROWS, Batcher
+from heliostat.serve.batcher import PIECE_ROWS, Batcher, Pace
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -136,3 +136,35 @@ def test_many_rows_are_computed_in_pieces_until_who_asked_has_left() -> None:
     asyncio.run(run())
     assert [len(call) for call in compute.calls] == [PIECE_ROWS]
     assert pool.work == []
+
+
+def test_the_pace_is_that_of_batches_of_a_like_size() -> None:
+    pace = Pace(first_seconds=0.02)
+    assert pace.expect(3) == 0.06
+    pace.record(1, 1e-4)
+    assert pace.expect(1) == 1e-4
+    assert pace.expect(16) == pytest.approx(16e-4)  # as if nothing were gained by a batch
+    pace.record(16, 2e-4)
+    assert pace.expect(17) == 2e-4
+    assert pace.expect(1) == 1e-4
+    assert pace.expect(64) == pytest.approx(8e-4)
+
+
+def test_small_batches_do_not_keep_large_ones_in_a_thread() -> None:
+    """One row alone has all the costs of a call, so that many rows are not many times as long."""
+
+    async def run() -> list[int]:
+        for count in (1, 16, 16):
+            running = asyncio.create_task(gather(batcher, [[1]] * count))
+            while not running.done():
+                await asyncio.sleep(0)
+                if pool.work:
+                    pool.work.pop()()
+                    in_pool.append(count)
+        return in_pool
+
+    in_pool: list[int] = []
+    pool = Later()
+    batcher = Batcher(Compute(), pool)
+    batcher._pace.record(1, 0.9e-3)
+    assert asyncio.run(run()) == [16]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from heliostat.errors import HeliostatError
 
-PROGRAM = "wrk"
+PROGRAM, TIMEOUT_SECONDS = "wrk", 30
 # Texts of JSON that are ASCII are texts of Lua too.
 SCRIPT = """
 wrk.method = "POST"
@@ -63,7 +63,15 @@ def press(request: Request, connections: int, seconds: int) -> Reading:
         body, script = Path(folder, "body"), Path(folder, "script.lua")
         body.write_bytes(request.body)
         script.write_text(render(request, body))
-        command = [PROGRAM, "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script)]
+        command = [
+            PROGRAM,
+            "-t1",
+            f"--timeout={TIMEOUT_SECONDS}s",
+            f"-c{connections}",
+            f"-d{seconds}s",
+            "-s",
+            str(script),
+        ]
         done = subprocess.run([*command, request.url], capture_output=True, text=True, check=False)
     if done.returncode:
         raise HeliostatError(f"{PROGRAM} failed: {(done.stderr or done.stdout).strip()[-300:]}")

@@ -1,6 +1,7 @@
 """Requests per second over HTTP: Heliostat, FastAPI, LitServe and BentoML on the same networks."""
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,6 @@ from heliostat.errors import HeliostatError
 from heliostat.keys import Limits
 from heliostat.local.home import Home
 from heliostat.registry import Version
-from heliostat.spec import DeploySpec
 from heliostat.storage import Store
 
 PEERS = Path(os.environ.get("HELIOSTAT_WEB_PEERS", "/tmp/heliostat-web-peers"))
@@ -121,11 +121,15 @@ def run_cluster(path: Path, say: Say) -> Iterator[local.Cluster]:
 
 
 def serve(store: Store, subject: Subject) -> Version:
-    """As a user's deploy does, on as many replicas as the peers have processes."""
-    from heliostat.serve.deploy import deploy
+    """As a user does, on as many replicas as the peers have processes.
 
+    Raises:
+        HeliostatError: it was not deployed.
+    """
     version = publish_subject(store, subject)
-    deploy(store, subject.name, DeploySpec(version=version.number, replicas=REPLICAS))
+    command = [sys.executable, "-m", "heliostat.cli", "deploy", version.ref]
+    if subprocess.run([*command, f"replicas={REPLICAS}"], check=False).returncode:
+        raise HeliostatError(f"{version.ref} was not deployed, the lines above say why")
     return version
 
 

@@ -88,7 +88,7 @@ def scan_images(features: ImageFeatures, text: bytes) -> NDArray[Any] | None:
         return None
     except TypeError:  # not only whole numbers
         exact = np.array(numbers, np.float64)
-        if exact.min() < 0 or exact.max() > 255:
+        if np.minimum.reduce(exact) < 0 or np.maximum.reduce(exact) > 255:
             return None
         pixels = exact.astype(np.float32)
     return pixels.reshape(-1, height, width, channels)

@@ -2,12 +2,11 @@
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +22,48 @@ PIECE_ROWS = 16
 RECENT = 0.2  # the weight of the newest measurement, once there are some
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     columns: Columns
     rows: int
     answer: "asyncio.Future[Rows]"
+
+
+class Pace:
+    """How long batches take, by the power of two that their rows reach.
+
+    A batch larger than any before is taken to need the more, the more rows it has; before the first
+    one is measured, `first_seconds` a row.
+    """
+
+    def __init__(self, first_seconds: float) -> None:
+        self._first_seconds = first_seconds
+        self._seconds = dict[int, float]()
+        self._times = Counter[int]()
+
+    def record(self, rows: int, seconds: float) -> None:
+        size = rows.bit_length()
+        self._times[size] += 1
+        known = self._seconds.get(size, 0.0)
+        weight = max(RECENT, 1 / self._times[size])
+        self._seconds[size] = known + weight * (seconds - known)
+
+    def expect(self, rows: int) -> float:
+        """Seconds that so many rows will take."""
+        size = rows.bit_length()
+        if size in self._seconds:
+            return self._seconds[size]
+        smaller = max((known for known in self._seconds if known < size), default=None)
+        if smaller is None:
+            return min(self._seconds.values(), default=rows * self._first_seconds)
+        return self._seconds[smaller] * 2 ** (size - smaller)
 
 
 class Batcher:
     """Computes what is waiting as one batch, while the requests of the next one arrive.
 
     Nothing waits for company: a batch is what came in while the one before was computed, or in one
-    turn of the event loop. It has so many rows that it takes `batch_seconds` at the pace measured.
+    turn of the event loop. It has so many rows that it takes `batch_seconds` at the pace measured,
+    in the processor's time: what else runs on the machine makes no batch smaller.
     """
 
     def __init__(
@@ -43,7 +72,7 @@ class Batcher:
         self._compute, self._pool = compute, pool
         self._batch_seconds = batch_seconds
         self._waiting: deque[Waiting] = deque()
-        self._row_seconds, self._batches = batch_seconds, 0
+        self._pace = Pace(batch_seconds)
         self._running = False
 
     async def run(self, columns: Columns, rows: int) -> Rows:
@@ -70,7 +99,7 @@ class Batcher:
         batch = self._take()
         if not batch:
             self._running = False
-        elif sum(one.rows for one in batch) * self._row_seconds <= INLINE_SECONDS:
+        elif self._pace.expect(count_rows(batch)) <= INLINE_SECONDS:
             self._answer(batch, self._measure(batch))
             self._running = bool(self._waiting)
             if self._running:
@@ -90,23 +119,22 @@ class Batcher:
 
     def _take(self) -> list[Waiting]:
         """The oldest that wait, as many as fit a batch and one at least, without who has left."""
-        limit = min(MAX_ROWS, self._batch_seconds / self._row_seconds)
         batch: list[Waiting] = []
         rows = 0
-        while self._waiting and (not batch or rows + self._waiting[0].rows <= limit):
+        while self._waiting and (not batch or self._has_time(rows + self._waiting[0].rows)):
             one = self._waiting.popleft()
             if not one.answer.done():
                 batch.append(one)
                 rows += one.rows
         return batch
 
+    def _has_time(self, rows: int) -> bool:
+        return rows <= MAX_ROWS and self._pace.expect(rows) <= self._batch_seconds
+
     def _measure(self, batch: list[Waiting]) -> list[Rows | Exception]:
-        began = time.perf_counter()
+        began = time.thread_time()
         outcomes = list(compute_together(self._compute, batch))
-        row_seconds = (time.perf_counter() - began) / sum(one.rows for one in batch)
-        self._batches += 1
-        weight = max(RECENT, 1 / self._batches)
-        self._row_seconds += weight * (row_seconds - self._row_seconds)
+        self._pace.record(count_rows(batch), time.thread_time() - began)
         return outcomes
 
     def _answer(self, batch: list[Waiting], outcomes: list[Rows | Exception]) -> None:
@@ -124,6 +152,10 @@ def cut(columns: Columns, rows: int) -> Iterator[tuple[Columns, int]]:
     for start in range(0, rows, PIECE_ROWS):
         stop = min(start + PIECE_ROWS, rows)
         yield {name: values[start:stop] for name, values in columns.items()}, stop - start
+
+
+def count_rows(batch: list[Waiting]) -> int:
+    return sum(one.rows for one in batch)
 
 
 def compute_together(compute: Compute, batch: list[Waiting]) -> Iterator[Rows | Exception]:

@@ -76,41 +76,46 @@ def list_outputs(output: Output) -> tuple[Slot, ...]:
             return ()
 
 
-def to_columns(features: Features, tensors: Sequence[Tensor]) -> Columns:
-    """The rows of a request as columns.
+class Interface:
+    """What a version takes and gives, laid out once for all of its requests."""
 
-    Raises:
-        Refusal: 422, a tensor is missing, too much, or has a shape, a type or a value that the
-            model cannot take; 422 as well for a language model, which is asked otherwise.
-    """
-    kind = KINDS.get(type(features))
-    if kind is None:
-        raise Refusal(422, "a language model continues texts, it has no tensors", "inputs")
-    given = {tensor.name: tensor for tensor in tensors}
-    slots = {slot.name: slot for slot in kind.slots(features)}
-    for name, tensor in given.items():
-        if name not in slots:
-            listed = ", ".join(list(slots)[:MAX_LISTED])
-            raise tensor.refuse("name", f"is unknown, the inputs are {listed}")
-        _check_tensor(slots[name], tensor)
-    optional = _list_optional(features)
-    for name in slots:
-        if name not in given and name not in optional:
+    def __init__(self, features: Features, output: Output) -> None:
+        self.features, self.output = features, output
+        self.inputs = {slot.name: slot for slot in list_inputs(features)}
+        self.outputs = {slot.name: slot for slot in list_outputs(output)}
+        self._required = self.inputs.keys() - _list_optional(features)
+        self._kind = KINDS.get(type(features))
+        self._labels = np.array(output.labels if isinstance(output, Classes) else (), object)
+        self._places = {name: place for place, name in enumerate(self.outputs)}
+
+    def read(self, tensors: Sequence[Tensor]) -> Columns:
+        """The rows of a request as columns.
+
+        Raises:
+            Refusal: 422, a tensor is missing, too much, or has a shape, a type or a value that the
+                model cannot take; 422 as well for a language model, which is asked otherwise.
+        """
+        if self._kind is None:
+            raise Refusal(422, "a language model continues texts, it has no tensors", "inputs")
+        given = {tensor.name: tensor for tensor in tensors}
+        for name, tensor in given.items():
+            if name not in self.inputs:
+                listed = ", ".join(list(self.inputs)[:MAX_LISTED])
+                raise tensor.refuse("name", f"is unknown, the inputs are {listed}")
+            _check_tensor(self.inputs[name], tensor)
+        if not given.keys() >= self._required:
+            name = next(name for name in self.inputs if name in self._required - given.keys())
             raise Refusal(422, f"the input {name!r:.80} is missing", "inputs")
-    _check_rows(tensors)
-    return kind.to_columns(features, given)
+        _check_rows(tensors)
+        return self._kind.to_columns(self.features, given)
 
-
-def to_answers(output: Output, values: NDArray[np.float32]) -> dict[str, Answer]:
-    """The tensors of `list_outputs` by name; `values` are (N, classes or numbers)."""
-    if isinstance(output, Classes):
-        best = np.array(output.labels, object)[values.argmax(axis=1)]
-        named = {PROBABILITIES: values, CLASS: best}
-    else:
-        names = [slot.name for slot in list_outputs(output)]
-        named = dict(zip(names, values.T, strict=True))
-    slots = {slot.name: slot for slot in list_outputs(output)}
-    return {name: Answer(name, slots[name].datatype, rows) for name, rows in named.items()}
+    def write(self, name: str, values: NDArray[np.float32]) -> Answer:
+        """The tensor `name` of the outputs; `values` are (N, classes or numbers)."""
+        datatype = self.outputs[name].datatype
+        if not isinstance(self.output, Classes):
+            return Answer(name, datatype, values[:, self._places[name]])
+        chosen = self._labels[values.argmax(axis=1)] if name == CLASS else values
+        return Answer(name, datatype, chosen)
 
 
 def classify(output: Output, answer: Answer, most: int) -> Answer:
@@ -130,12 +135,16 @@ def classify(output: Output, answer: Answer, most: int) -> Answer:
 
 def _check_tensor(slot: Slot, tensor: Tensor) -> None:
     shape = tensor.values.shape
-    if len(shape) != len(slot.shape) or any(
-        most not in (ANY, size) for size, most in zip(shape, slot.shape, strict=True)
-    ):
+    if shape[1:] != slot.shape[1:] and not _fits(shape, slot.shape):
         raise tensor.refuse("shape", f"is {list(shape)}, it must be {list(slot.shape)}")
     if slot.datatype != BYTES and tensor.datatype == BYTES:
         raise tensor.refuse("datatype", f"is {BYTES}, it must be numbers, as {slot.datatype}")
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        most in (ANY, size) for size, most in zip(shape, wanted, strict=True)
+    )
 
 
 def _check_rows(tensors: Sequence[Tensor]) -> None:

@@ -189,5 +189,5 @@ def _deployment(name: str, plan: Plan) -> Any:
         health_check_period_s=2,
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=plan.request_timeout_s,
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
     )

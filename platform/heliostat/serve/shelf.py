@@ -20,6 +20,7 @@ from heliostat.errors import HeliostatError
 from heliostat.evaluate import Predictor, embed, load_predictor, predict
 from heliostat.registry import Version
 from heliostat.serve.batcher import Batcher
+from heliostat.serve.inputs import Interface
 from heliostat.serve.language import Language, Room, load_language
 from heliostat.serve.protocol import parse_body, render_predictions, zero_instance
 from heliostat.serve.replies import JSON_TYPE, NO_MODEL, Refusal
@@ -50,6 +51,10 @@ class Served:
     @cached_property
     def batcher(self) -> Batcher:
         return Batcher(self.compute, COMPUTE_POOL)
+
+    @cached_property
+    def interface(self) -> Interface:
+        return Interface(self.predictor.features, self.predictor.output)
 
     @cached_property
     def embedder(self) -> Batcher:

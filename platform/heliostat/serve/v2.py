@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,8 +22,6 @@ from heliostat.serve.inputs import (
     classify,
     list_inputs,
     list_outputs,
-    to_answers,
-    to_columns,
 )
 from heliostat.serve.openapi import (
     NUMBER_PARAMETER,
@@ -43,7 +43,6 @@ from heliostat.serve.tensors import (
     BYTES,
     DTYPES,
     HEADER_LENGTH,
-    Answer,
     OutputPart,
     Question,
     parse_question,
@@ -82,13 +81,12 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
         visit.version = served.version.number
         _check_encoding(request)
         question, tensors = parse_question(body, request.headers.get(HEADER_LENGTH))
-        predictor = served.predictor
-        columns = to_columns(predictor.features, tensors)
+        columns = served.interface.read(tensors)
         rows = count_rows(columns)
         values = await served.batcher.run(columns, rows)
         visit.count(rows=rows)
         check_finite(values, "inputs[0].data")
-        return _answer(served, question, to_answers(predictor.output, values))
+        return _answer(served, question, values)
 
     model = "/v2/models/{name}"
     return [
@@ -184,22 +182,22 @@ def _check_encoding(request: Request) -> None:
         raise Refusal(415, f"send {JSON_TYPE} or {BINARY_TYPE}")
 
 
-def _answer(served: Served, question: Question, known: dict[str, Answer]) -> Response:
-    is_binary = question.parameters.binary_data_output
-    wanted = question.outputs or [OutputPart(name=name) for name in known]
+def _answer(served: Served, question: Question, values: NDArray[np.float32]) -> Response:
+    interface, is_binary = served.interface, question.parameters.binary_data_output
+    wanted = question.outputs or [OutputPart(name=name) for name in interface.outputs]
     answers = []
     names = set[str]()
     for index, part in enumerate(wanted):
         field = f"outputs[{index}].name"
-        if part.name not in known:
-            listed = ", ".join(list(known)[:MAX_LISTED])
+        if part.name not in interface.outputs:
+            listed = ", ".join(list(interface.outputs)[:MAX_LISTED])
             raise Refusal(422, f"{field} is unknown, the outputs are {listed}", field)
         if part.name in names:
             raise Refusal(422, f"{field} is given twice", field)
         names.add(part.name)
-        answer, most = known[part.name], part.parameters.classification
+        answer, most = interface.write(part.name, values), part.parameters.classification
         if most is not None:
-            answer = classify(served.predictor.output, answer, most)
+            answer = classify(interface.output, answer, most)
         chosen = part.parameters.binary_data
         answers.append((answer, is_binary if chosen is None else chosen))
     document: dict[str, Any] = {

@@ -14,6 +14,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
+from heliostat.benchmark.servers import START_SECONDS
+
 MODEL, ROOT = "BENCHMARK_MODEL", "BENCHMARK_ROOT"
 PROCESSES = 2
 
@@ -64,6 +66,7 @@ def main(model: str, port: str, root: str = "") -> None:
         port=int(port),
         log_level="warning",
         access_log=False,
+        timeout_worker_healthcheck=int(START_SECONDS),
     )
 
 
