@@ -459,6 +459,35 @@ def assert_nothing_is_left(cluster: local.Cluster) -> None:
     assert not cluster.home.state.exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["candidate.min_requests=no", "--canary=10%"],
+        ["--canary", "10%", "candidate.by=key", "candidate.min_requests=no"],
+        ["replicas=2", "--shadow", "10%", "candidate.min_requests=no"],
+    ],
+)
+def test_settings_stand_before_or_behind_the_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    publish(tmp_path)
+    assert cli.main(["deploy", "--root", str(tmp_path), "digits:1", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: the command line: candidate.min_requests: ")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["deploy", "digits:1", "--canari=10%"], ["rollback", "digits", "replicas=2"]]
+)
+def test_what_no_command_takes_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("share", ["abc", "0", "150%", "-1", "nan", ""])
 def test_a_share_that_is_none_is_refused_in_a_sentence(
     share: str, capsys: pytest.CaptureFixture[str]

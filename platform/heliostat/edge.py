@@ -169,6 +169,8 @@ def _list_globals(limits: Limits) -> list[str]:
         f"tune.bufsize {buffer_bytes}",
         f"tune.memory.hot-size {KEPT_BUFFERS * buffer_bytes}",
         "tune.http.maxhdr 64",
+        # Else that of a buffer, and clients hang up on what is above 2^24 - 1 (RFC 9113, 6.5.2).
+        "tune.h2.max-frame-size 16384",
         "ssl-default-bind-options ssl-min-ver TLSv1.2",
     ]
 

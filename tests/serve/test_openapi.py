@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import captum.attr  # noqa: F401  # else the first explanation imports it, in a request's time
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.routing import Route

@@ -11,8 +11,19 @@ GROUPS = (cluster, upload, models, deploy, keys, usage)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, see `conclude`."""
-    options = _build_parser().parse_args(arguments)
+    options = _parse(arguments)
     return conclude(lambda: options.run(options))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand behind an option, where argparse takes no more of a list."""
+    parser = _build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and ("settings" not in options or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.settings += rest
+    return options
 
 
 def _build_parser() -> argparse.ArgumentParser:

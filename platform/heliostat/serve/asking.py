@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import from_json
 
 from heliostat.serve.chat import Turn
@@ -20,11 +20,22 @@ DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat may fill the co
 MAX_SHOWN = 80
 
 Flag = Annotated[bool, Field(strict=True)]
-Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 Shown = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 AnySection = TypeVar("AnySection", bound=Section)
+T = TypeVar("T")
+
+
+def _refuse(value: T) -> T:
+    """0, or nothing in a mapping, asks for nothing; what else asks for what the engine lacks."""
+    if value:
+        raise ValueError("is not supported: leave it out")
+    return value
+
+
+Zero = Annotated[float, Field(strict=True), AfterValidator(_refuse)]
+Nothing = Annotated[dict[str, float], AfterValidator(_refuse)]
 
 
 def _list_one(value: object) -> object:
@@ -63,7 +74,7 @@ class Generation(Section):
     user: str | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Nothing | None = None
 
     def find_stops(self, language: Language) -> tuple[str, ...]:
         """The strings that end an answer, which does not have them."""
@@ -281,7 +292,7 @@ def _explain(error: Any) -> str:
         return "is unknown"
     if error["type"] == "missing":
         return "is required"
-    message = error["msg"].removeprefix("Input ")
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{message[0].lower()}{message[1:]}, given {_show(error['input'])}"
 
 

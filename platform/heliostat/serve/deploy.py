@@ -427,8 +427,9 @@ def _say_replicas(deploy: DeploySpec) -> str:
 def _find_placed(table: Table, name: str) -> Placement:
     placed = table.models.get(name)
     if placed is None:
-        served = ", ".join(sorted(table.models)) or "nothing"
-        raise HeliostatError(f"{name} is not served, but {served}: deploy it first")
+        served = ", ".join(sorted(table.models))
+        others = f", but {served}" if served else ""
+        raise HeliostatError(f"{name} is not served{others}: deploy it first")
     return placed
 
 
