@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
@@ -339,3 +341,33 @@ def test_a_run_on_the_cluster_and_the_same_again(
     assert len(manifest["parts"]) == 5
     assert predict_all(spec) == place
     assert f"already predicted: {place}" in capfd.readouterr().out
+
+
+@pytest.mark.cluster
+@pytest.mark.faults
+def test_a_job_that_was_killed_goes_on_where_it_was(
+    cluster: Cluster, bucket: str, tmp_path: Path
+) -> None:
+    store = connect(bucket)
+    publish(store, "shapes")
+    for number in range(12):
+        pixels = np.full((100 + number, 4, 4), number)
+        store.write(f"raw/{number}-images-idx3-ubyte", make_idx(pixels))
+    path = tmp_path / "shapes.yaml"
+    path.write_text(json.dumps(dump(make_spec(bucket, "shapes", f"{bucket}/raw", workers=1))))
+    job = Path(__file__).parents[1] / "jobs" / "predict.py"
+    killed = subprocess.Popen(
+        [sys.executable, str(job), str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert killed.stdout
+    assert any(line.startswith("part 3 of 12") for line in killed.stdout)
+    killed.kill()
+    killed.communicate()
+    (prefix,) = {entry.key.rpartition("/")[0] for entry in store.list("predictions/")}
+    assert store.stat(f"{prefix}/manifest.json") is None
+    place = predict_all(make_spec(bucket, "shapes", f"{bucket}/raw", workers=1))
+    parts = json.loads(connect(place).read("manifest.json"))["parts"]
+    rows = read(store, {part["number"]: Piece(**part) for part in parts})
+    assert sorted((row["source"], row["row"]) for row in rows) == sorted(
+        (f"{number}-images-idx3-ubyte", row) for number in range(12) for row in range(100 + number)
+    )
