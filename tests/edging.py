@@ -73,8 +73,12 @@ class Upstream:
                 await asyncio.sleep(0.01)
             return JSONResponse({})
 
+        async def tell_health(request: Request) -> Response:
+            return PlainTextResponse("success")
+
         return Starlette(
             routes=[
+                Route("/-/healthz", tell_health),
                 Route("/v1/echo", echo, methods=["GET", "POST"]),
                 Route("/v1/fail/{status:int}", fail, methods=["GET", "POST"]),
                 Route("/v1/wait", wait, methods=["GET", "POST"]),

@@ -25,7 +25,8 @@ from botocore.exceptions import ClientError
 from heliostat import local
 from heliostat.environment import PREFERRED_PORTS, STORE_PORT_OFFSET
 from heliostat.errors import HeliostatError
-from heliostat.local import machine, processes
+from heliostat.local import head, machine, processes
+from heliostat.local.edge import find_haproxy
 from heliostat.local.home import MARKER_FILE, Home, furnish, read_store_keys
 
 WaitUntil = Callable[..., None]
@@ -370,3 +371,59 @@ def test_a_killed_node_is_found_dead_within_seconds(
     [raylet] = [found for found in processes.find(marker) if found.info["name"] == "raylet"]
     raylet.kill()
     wait_until(lambda: log.read_text().endswith("1\n"), seconds=10)
+
+
+def test_serves_proxy_takes_clients_once_it_knows_replicas_and_a_stray_one_goes_then(
+    tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    """As Serve starts it: anew without `-sf`, and with it once there is something to know."""
+    port = machine.pick_ports(1)[0]
+    script, config = tmp_path / "start", tmp_path / "haproxy.cfg"
+    script.write_text(head.START.format(program=find_haproxy()))
+    script.chmod(0o700)
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*takes_over: str) -> "subprocess.Popen[bytes]":
+        config.write_text(PROXY.format(port=port))
+        command: list[str | Path] = [script, "-db", "-f", config, *takes_over]
+        running.append(subprocess.Popen(command))
+        return running[-1]
+
+    def listens() -> bool:
+        return not machine.is_free(port)
+
+    def idles(process: "subprocess.Popen[bytes]") -> bool:
+        """It runs and takes no clients."""
+        sockets = psutil.Process(process.pid).net_connections("unix")
+        return any("idle-" in str(socket.laddr) for socket in sockets)
+
+    try:
+        first = start()
+        wait_until(lambda: idles(first))
+        assert not listens()
+        second = start("-sf", str(first.pid))
+        wait_until(listens)
+        assert first.wait(10) == 0
+        third = start()  # the keeper of the second was killed
+        wait_until(lambda: idles(third))
+        assert second.poll() is None
+        assert listens()
+        fourth = start("-sf", str(third.pid))
+        assert (second.wait(10), third.wait(10)) == (0, 0)
+        assert fourth.poll() is None
+        assert listens()
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+PROXY = """defaults
+    mode http
+    timeout client 1s
+    timeout server 1s
+    timeout connect 1s
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    http-request return status 200
+"""

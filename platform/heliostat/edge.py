@@ -248,13 +248,18 @@ def _list_models(edge: Edge) -> list[str]:
 
 
 def _list_servers(edge: Edge) -> list[str]:
-    """Where there is nobody else to ask, patience; else the other one is asked in a second."""
+    """Where there is nobody else to ask, patience; else the other one is asked in a second.
+
+    A proxy that has just started knows no replicas, and says so where Serve asks it.
+    """
     last = "check inter 1s fall 8 rise 1"
     if edge.spare_port is None:
         return [f"server serve {LOOPBACK_HOST}:{edge.upstream_port} {last}"]
     first = "check inter 1s fastinter 100ms fall 3 rise 1 observe layer4 error-limit 3"
     return [
         "option redispatch 1",
+        "option httpchk GET /-/healthz",
+        "http-check expect status 200",
         f"server serve {LOOPBACK_HOST}:{edge.upstream_port} {first} on-error mark-down",
         f"server spare {LOOPBACK_HOST}:{edge.spare_port} backup {last}",
     ]

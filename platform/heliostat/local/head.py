@@ -25,14 +25,28 @@ NAME = "ray"
 READY_SECONDS = 180.0
 # Without a buffer, so that the last line of the log is the last thing that was said.
 PYTHON = [sys.executable, "-u", "-P", "-m"]
-# Serve binds the statistics of its HAProxy to every address and has no setting for that. A line for
-# each request goes to the port of a syslog that nobody runs, unless told otherwise.
-CLOSE = """#!/bin/sh
+# How Serve's HAProxy is started. Serve binds its statistics to every address and has no setting for
+# that. At first it knows no replicas, would answer 404, and takes clients only once Serve starts it
+# anew with what it knows (-sf). One whose keeper was killed answers until then, and goes. A line for
+# each request would go to the port of a syslog that nobody runs.
+START = """#!/bin/sh
 for word; do
     case $word in
-    *.cfg) sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *log 127.0.0.1:514 /d' "$word" ;;
+    -sf) knows=yes ;;
+    *.cfg) config=$word ;;
     esac
 done
+sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *log 127.0.0.1:514 /d' "$config"
+before=
+for pid in $(cat "$config.pids" 2> /dev/null); do
+    grep -Fqs "$config" "/proc/$pid/cmdline" && before="$before $pid"
+done
+if [ $knows ]; then
+    set -- "$@" -sf $before
+else
+    sed -i "/^frontend http_frontend/,/ bind /s/bind .*/bind abns@idle-$$/" "$config"
+fi
+echo $before $$ > "$config.pids"
 exec {program} "$@"
 """
 
@@ -58,7 +72,7 @@ def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[st
 def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Run `ray start --head`, which ends when the node is registered."""
     closed = _closed_haproxy(state)
-    write_private(closed, CLOSE.format(program=shlex.quote(find_haproxy())))
+    write_private(closed, START.format(program=shlex.quote(find_haproxy())))
     closed.chmod(0o700)
     options = {
         "port": state.ports.gcs,
