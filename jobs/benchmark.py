@@ -92,14 +92,14 @@ def measure_serve(options: Options) -> dict[str, Any]:
                     f"{case:<14} {name:<14} {speed:>10,.0f} {ratio:>6.2f} "
                     f"{reading.p50_ms:>8.2f} {reading.p99_ms:>8.2f}"
                 )
-    if found["mlp_json"]["litserve"] is None:
-        print("litserve and bentoml are null: `make peers` installs them")
+    if None in (found["mlp_json"]["litserve"], found["mlp_json"]["bentoml"]):
+        print("a peer that is null failed, as said above, or is not installed: `make peers`")
     alone = found.pop("one_connection")
 
     def tell(figure: str, digits: int | None = None) -> dict[str, dict[str, float | None]]:
         return {
             case: {
-                name: reading and round(getattr(reading, figure), digits)
+                name: None if reading is None else round(getattr(reading, figure), digits)
                 for name, reading in readings.items()
             }
             for case, readings in found.items()

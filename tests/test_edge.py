@@ -545,7 +545,7 @@ def test_http2_is_spoken_with_the_usual_limits(tmp_path: Path) -> None:
     certificate = make_certificate(tmp_path)
     (tmp_path / "body").write_bytes(b"x" * 3_000_000)
     with serve(tmp_path, limits=Limits(), certificate=str(certificate)) as (edge, _, _):
-        command = ["curl", "-s", "--http2", "--cacert", certificate, "-w", "%{http_version}"]
+        command = ["curl", "-s", "--http2", "--cacert", str(certificate), "-w", "%{http_version}"]
         command += ["--data-binary", f"@{tmp_path / 'body'}", f"{edge.url}/v1/echo"]
         said = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (said.returncode, said.stdout[-1:]) == (0, "2"), said

@@ -45,7 +45,8 @@ class Subject:
         """The same as in JSON: lists, where a pixel of one channel is a number."""
         image = self.image if self.decimals else self.image.astype(int)
         pixels = image.squeeze(3) if self.features.channels == 1 else image
-        return pixels.tolist()
+        instances: list[Any] = pixels.tolist()
+        return instances
 
 
 MLP = Subject(
@@ -61,6 +62,9 @@ LENET = Subject(
 
 class Whole(nn.Module):
     """From pixels (N, height, width) or (N, height, width, channels) to probabilities."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, network: nn.Module, features: ImageFeatures) -> None:
         super().__init__()
@@ -89,4 +93,4 @@ def save_script(subject: Subject, path: Path) -> None:
     """The whole of it as TorchScript, frozen, which a server loads without code of ours."""
     whole = Whole(build_network(subject), subject.features).eval()
     example = torch.from_numpy(subject.image).float()
-    torch.jit.freeze(torch.jit.trace(whole, example)).save(str(path))
+    torch.jit.freeze(torch.jit.trace(whole, example)).save(str(path))  # type: ignore[no-untyped-call]

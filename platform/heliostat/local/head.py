@@ -27,8 +27,8 @@ READY_SECONDS = 180.0
 PYTHON = [sys.executable, "-u", "-P", "-m"]
 # How Serve's HAProxy is started. Serve binds its statistics to every address and has no setting for
 # that. At first it knows no replicas, would answer 404, and takes clients only once Serve starts it
-# anew with what it knows (-sf). One whose keeper was killed answers until then, and goes. A line for
-# each request would go to the port of a syslog that nobody runs.
+# anew with what it knows (-sf). One whose keeper was killed answers until then, and goes. A line
+# for each request would go to the port of a syslog that nobody runs.
 START = """#!/bin/sh
 for word; do
     case $word in

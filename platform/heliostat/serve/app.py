@@ -89,11 +89,11 @@ def build_app(shelf: Shelf, limits: Limits) -> Starlette:
         return reply(to_json(openapi.render(parts)))
 
     routes = [
+        *(route for list_routes in PROTOCOLS for route in list_routes(shelf, door)),
         Route("/healthz", healthz),
         Route("/openapi.json", describe_api),
         Route("/v1/models", list_models),
         Route("/v1/models/{name:model}", describe_model),
-        *(route for list_routes in PROTOCOLS for route in list_routes(shelf, door)),
     ]
     named = Middleware(Identity)
     app = Starlette(routes=routes, middleware=[named], exception_handlers=ERROR_HANDLERS)

@@ -55,7 +55,7 @@ class Pace:
         smaller = max((known for known in self._seconds if known < size), default=None)
         if smaller is None:
             return min(self._seconds.values(), default=rows * self._first_seconds)
-        return self._seconds[smaller] * 2 ** (size - smaller)
+        return self._seconds[smaller] * 2.0 ** (size - smaller)
 
 
 class Batcher:

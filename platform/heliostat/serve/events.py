@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
-from pydantic_core import to_json
+import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def to_event(document: object) -> bytes:
-    return b"data: " + to_json(document) + b"\n\n"
+    return b"data: " + orjson.dumps(document) + b"\n\n"
 
 
 class EventStream(Response):
@@ -32,26 +32,40 @@ class EventStream(Response):
         super().__init__(headers={"cache-control": "no-cache", REQUEST_ID: find_request_id()})
         del self.headers["content-length"]
         self._events, self._patience_s = events, patience_s
+        self._waits_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(leave(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await self._await_end({sending, leaving})
         finally:
             leaving.cancel()
             sending.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
             await self._events.aclose()
-        if not sending.cancelled() and not isinstance(sending.exception(), TimeoutError):
+        if not sending.cancelled():
             sending.result()
 
+    async def _await_end(self, tasks: "set[asyncio.Future[None]]") -> None:
+        """Until one of `tasks` has ended, or the reader has made no room for too long."""
+        now = asyncio.get_running_loop().time
+        done = set[asyncio.Future[None]]()
+        while not done:
+            since = self._waits_since
+            left = self._patience_s if since is None else since + self._patience_s - now()
+            if since is not None and left <= 0:
+                return
+            done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
     async def _send(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         async for event in self._events:
-            async with asyncio.timeout(self._patience_s):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            self._waits_since = now()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            self._waits_since = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -89,19 +89,14 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
         return _answer(served, question, values)
 
     model = "/v2/models/{name}"
+    prefixes = (model, model + "/versions/{number}")
     return [
+        *(Route(f"{prefix}/infer", door.guard(infer), methods=["POST"]) for prefix in prefixes),
         Route("/v2", describe_server),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
-        *(
-            route
-            for prefix in (model, model + "/versions/{number}")
-            for route in (
-                Route(prefix, describe_model),
-                Route(f"{prefix}/ready", model_ready),
-                Route(f"{prefix}/infer", door.guard(infer), methods=["POST"]),
-            )
-        ),
+        *(Route(prefix, describe_model) for prefix in prefixes),
+        *(Route(f"{prefix}/ready", model_ready) for prefix in prefixes),
     ]
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what the bytes of a part of a character are decoded to
-CONTEXT_TOKENS = 6  # of the prompt: a tokenizer may decode a first token in another way
+CONTEXT_TOKENS = 6  # before a token: a tokenizer may decode a first one in another way
+MAX_TOKENS = 3 * CONTEXT_TOKENS  # that are decoded again for a next one
 
 
 class Spelling:
@@ -23,9 +24,10 @@ class Spelling:
         text = self._decode()
         if text.endswith(UNFINISHED):
             return ""
-        new = text[len(self._told) :]
-        self._window = self._window[-CONTEXT_TOKENS:]
-        self._told = self._decode()
+        new, self._told = text[len(self._told) :], text
+        if len(self._window) > MAX_TOKENS:
+            self._window = self._window[-CONTEXT_TOKENS:]
+            self._told = self._decode()
         return self._cut(new)
 
     def finish(self) -> str:
