@@ -120,7 +120,7 @@ def deliver(store: Store, name: str, how: DeploySpec, candidate: Candidate, code
     Raises:
         HeliostatError: the candidate did not start or was worse, and was taken back.
     """
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
     options = {
         "name": find_board(name, candidate.proposal),
         "namespace": NAMESPACE,
