@@ -123,14 +123,17 @@ def take_back(table: Table, *, name: str, written: Table, before: Table) -> Tabl
 
     Every deploy sets `deploy` and `code`: in a table that is no longer `written` they are those of
     somebody else, as the model is if its place is another one. A version that never answered is no
-    version to go back to.
+    version to go back to, and what it pushed out is there again.
     """
     if table == written:
         return before
     failed, earlier, now = written.models[name], before.models.get(name), table.models.get(name)
     if now == failed:
         return place(table, name, earlier)
-    if now is None or (earlier and failed.number in earlier.numbers):
+    if now is None or failed.number not in now.previous:
         return table
-    previous = tuple(number for number in now.previous if number != failed.number)
-    return place(table, name, now.model_copy(update={"previous": previous}))
+    since = now.numbers[: now.numbers.index(failed.number)]
+    before_it = earlier.numbers if earlier else ()
+    previous = (*since[1:], *(number for number in before_it if number not in since))
+    kept = previous[: table.deploy.keep_previous]
+    return place(table, name, now.model_copy(update={"previous": kept}))
