@@ -1,9 +1,12 @@
 """The benchmark of serving: whoever is measured answers alike, and nobody who fails a request."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
 from starlette.types import ASGIApp
 
@@ -11,6 +14,7 @@ from heliostat.benchmark.load import Reading, Request, read_report, render
 from heliostat.benchmark.peers import fastapi_server
 from heliostat.benchmark.questions import Question, ask_binary, ask_fastapi, ask_ours
 from heliostat.benchmark.serve import check_answers, take_median
+from heliostat.benchmark.servers import find_port, run_server
 from heliostat.benchmark.subjects import CLASSES, LENET, MLP, Subject, save_script
 from heliostat.data.features import IMAGE
 from heliostat.errors import HeliostatError
@@ -56,6 +60,31 @@ def test_who_answers_otherwise_is_not_measured() -> None:
     for found in ([0.6, 0.4], [1.0]):
         with pytest.raises(HeliostatError, match="two answers"):
             check_answers({"one": expected, "two": np.array(found)}, expected)
+
+
+def test_a_server_ends_with_all_that_it_started(
+    tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    left_behind = "import time; time.sleep(600)"
+    leader = (
+        "import http.server, subprocess, sys; port, told = sys.argv[1:];"
+        f"child = subprocess.Popen([sys.executable, '-c', {left_behind!r}]);"
+        "open(told, 'w').write(str(child.pid));"
+        "http.server.HTTPServer(('127.0.0.1', int(port)), "
+        "http.server.SimpleHTTPRequestHandler).serve_forever()"
+    )
+    port, told = find_port(), tmp_path / "pid"
+    command = [sys.executable, "-c", leader, str(port), str(told)]
+    with run_server(command, f"http://127.0.0.1:{port}/", tmp_path / "log"):
+        child = psutil.Process(int(told.read_text()))
+
+    def has_ended() -> bool:
+        try:
+            return child.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(has_ended)
 
 
 def test_a_report_is_read_unless_a_request_failed() -> None:
