@@ -350,6 +350,7 @@ def test_an_up_that_asks_for_another_address_is_refused(cluster: local.Cluster) 
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 def test_a_second_cluster_lives_beside_the_first_and_goes_alone(
     cluster: local.Cluster, new_home: Home
 ) -> None:

@@ -432,6 +432,7 @@ def test_a_canary_that_is_as_good_takes_over_without_a_lost_request(
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 def test_a_shadow_whose_answers_differ_is_taken_back_and_has_answered_nobody(
     store: Store, digits: str
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_killed_worker_costs_no_step(store: Store, wait_until: Callable[..., N
     np.testing.assert_array_equal(weights(result), weights(undisturbed))
 
 
+@pytest.mark.faults
 def test_workers_on_two_nodes_train_the_same_model(
     cluster: Cluster, store: Store, join_node: Callable[[int], str], wait_until: Callable[..., None]
 ) -> None:
