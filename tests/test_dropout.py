@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from heliostat.models.dropout import Dropout, key_samples, mix
+from heliostat.models.dropout import Dropout, find_dropouts, key_samples, mix
 from heliostat.models.tasks import choose_task
 from heliostat.signature import Classes, Signature, Vector
 from heliostat.train import loop
@@ -18,7 +18,7 @@ over_shares = pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 
 
 def drop(model: nn.Module, keys: Tensor, width: int = WIDTH) -> Tensor:
-    with key_samples(model, keys):
+    with key_samples(find_dropouts(model), keys):
         dropped: Tensor = model(torch.ones(len(keys), width))
     return dropped
 
@@ -42,7 +42,7 @@ def test_the_share_that_is_kept_is_scaled_to_the_same_mean(share: float) -> None
 def test_any_two_draws_are_independent(share: float) -> None:
     """Of another sample, a neighbouring place, a key that is one further, and another layer."""
     first, second = Dropout(share), Dropout(share)
-    with key_samples(nn.ModuleList([first, second]), KEYS):
+    with key_samples([first, second], KEYS):
         kept, other_layer = (layer(torch.ones(ROWS, WIDTH)) > 0 for layer in (first, second))
     pairs = {
         "samples": (kept[1:], kept[:-1]),
@@ -67,7 +67,7 @@ def test_a_samples_noise_is_the_same_however_the_batch_is_cut(sizes: list[int]) 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
 def test_every_place_of_a_sample_is_drawn_for(shape: tuple[int, ...]) -> None:
     layer, x = Dropout(0.5), torch.randn(ROWS, *shape)
-    with key_samples(layer, KEYS):
+    with key_samples([layer], KEYS):
         dropped = layer(x)
         flat = layer(x.flatten(1))
     assert torch.equal(dropped.flatten(1), flat)
@@ -76,7 +76,7 @@ def test_every_place_of_a_sample_is_drawn_for(shape: tuple[int, ...]) -> None:
 def test_the_gradient_passes_where_the_value_did() -> None:
     x = torch.ones(ROWS, WIDTH, requires_grad=True)
     layer = Dropout(0.3)
-    with key_samples(layer, KEYS):
+    with key_samples([layer], KEYS):
         dropped = layer(x)
     dropped.sum().backward()
     assert x.grad is not None

@@ -126,6 +126,29 @@ def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: objec
 
 
 @pytest.mark.cluster
+def test_what_was_read_once_comes_from_memory(cluster: object) -> None:
+    import ray
+
+    store = connect(f"{cluster.root}/test-stream-kept")  # type: ignore[attr-defined]
+    manifest = store_images(store, ROWS)
+    order = Order(stream.plan(manifest, "train", 64, 1).part_rows, 64, 2, 1)
+    expected = make_fetch(store, manifest, order)
+    chunks = [expected(index) for index in range(3 * order.chunks_per_epoch)]
+    ray.init(ignore_reinit_error=True)
+    reader = ray.remote(stream.ChunkReader).options(num_cpus=0)
+    actor = reader.remote(store, manifest, "train", order, 3 * order.steps_per_epoch, 0.1)
+    fetch = stream.fetch_from(actor)
+    try:
+        for index, chunk in enumerate(chunks):
+            if index == order.chunks_per_epoch:
+                for shard in manifest.shards:
+                    store.delete(shard.key)
+            assert fetch(index).equals(chunk)
+    finally:
+        ray.kill(actor)
+
+
+@pytest.mark.cluster
 def test_a_split_is_read_whole(cluster: object) -> None:
     import ray
 

@@ -38,6 +38,7 @@ ROWS = SHARDS * ROWS_PER_SHARD
 BATCH = 256
 EPOCHS = 3
 ENOUGH_SECONDS = 60.0
+CACHE_SHARE = 0.25  # as the spec of a run has it
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Epochs = Iterable[Iterable[Batch]]
@@ -69,6 +70,7 @@ def measure(
     manifest = store_images(store)
     readers: dict[str, Callable[[], Epochs] | None] = {
         "heliostat": partial(read_heliostat, store, manifest),
+        "heliostat_cached": partial(read_heliostat, store, manifest, CACHE_SHARE),
         "ray_data": partial(read_ray_data, store, manifest),
         "pyarrow": partial(read_pyarrow, store, manifest),
         "mosaicml": None,
@@ -158,12 +160,17 @@ def _store_shard(store: Store, number: int) -> Shard:
     return Shard(key, "train", ROWS_PER_SHARD, len(data), sha256, footer, groups)
 
 
-def read_heliostat(store: Store, manifest: Manifest) -> Iterator[Iterable[Batch]]:
-    """As a training worker reads: through one pipeline, verified and in shuffled order."""
+def read_heliostat(
+    store: Store, manifest: Manifest, cache_share: float = 0.0
+) -> Iterator[Iterable[Batch]]:
+    """As a training worker reads: through one pipeline, verified and in shuffled order.
+
+    Every epoch from the bucket, or with a `cache_share` the first one alone.
+    """
     order = stream.plan(manifest, "train", BATCH, seed=0)
     reader: Any = ray.remote(stream.ChunkReader).options(num_cpus=0)
     steps = EPOCHS * order.steps_per_epoch
-    actor = reader.remote(store, manifest, "train", order, steps)
+    actor = reader.remote(store, manifest, "train", order, steps, cache_share)
     shares = stream.iter_shares(
         order, manifest, stream.fetch_from(actor), steps=range(steps), rank=0, world_size=1
     )

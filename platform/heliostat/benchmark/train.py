@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -27,6 +27,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from heliostat import spec, storage
 from heliostat.benchmark.stock import Task
+from heliostat.benchmark.torchrun import Torchrun, start_torchrun
+from heliostat.benchmark.turns import find_paces, take_turns
 from heliostat.data.manifest import Manifest
 from heliostat.data.prepare import prepare
 from heliostat.errors import HeliostatError
@@ -34,14 +36,13 @@ from heliostat.spec import MlpSpec, RunSpec
 from heliostat.storage import Store
 from heliostat.train import checkpoint, goodput
 from heliostat.train.goodput import STARTUP
-from heliostat.train.rank import CURVE_POINTS
+from heliostat.train.rank import CURVE_STEPS
 
 SPEC = "jobs/specs/benchmark.yaml"
 SIDE, CLASSES, ROWS = 28, 10, 32_768
 STEPS, CHECKPOINT_STEPS, MAX_FAILURES = 300, 50, 3
-ROUNDS, ROUND_STEPS = 5, 900  # the peers in turn: a round takes less than a noisy neighbour stays
+PACE_STEPS = 4000  # of each side, in turns
 SAVED_WIDTHS, SAVES = [784, 2048, 2048, 2048], 7  # 120 MB with what Adam keeps
-TOLD = ROUND_STEPS // CURVE_POINTS  # of so many steps a run tells one, if it saves at the last
 JOB_SECONDS, LOOK_SECONDS = 300.0, 0.1
 
 Say = Callable[[str], None]
@@ -67,7 +68,7 @@ class Peer:
 def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
     """Measure `only` steps, checkpoint, submit or kill, or all; peers in turn.
 
-    Steps: the median of ROUNDS * `repeats` rounds. A checkpoint: the median of SAVES. A
+    Steps: the median turn of `repeats` runs of both. A checkpoint: the median of SAVES. A
     submission and a kill: the best of `repeats`.
 
     All train the same network on the same pictures in two processes of one thread each. A peer
@@ -97,15 +98,11 @@ def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
         found[figure][name] = summary(readings[figure, name])
 
     if only in (None, "steps"):
-        for _ in range(ROUNDS * repeats):
-            with _told("heliostat", say):
-                peer = make_platform(store, run, ROUND_STEPS, ROUND_STEPS)
-                with submit(peer) as job:
-                    job.wait()
-                keep("step_seconds", "heliostat", find_pace(peer.read_steps()[-1]))
-            with _told("torchrun", say):
-                ends = run_torchrun(run, pixels, labels)
-                keep("step_seconds", "torchrun", find_pace(ends[TOLD - 1 :: TOLD]))
+        for _ in range(repeats):
+            with _told("steps", say):
+                for name, paces in time_steps(store, run, pixels, labels).items():
+                    for pace in paces:
+                        keep("step_seconds", name, pace)
     if only in (None, "checkpoint"):
         with _told("checkpoint", say):
             stall, wait, size = run_saving(store.uri, run)
@@ -148,8 +145,9 @@ def upload(store: Store, pixels: Pixels, labels: Pixels) -> None:
             store.write(f"raw/{name}", gzip.compress(header + array.tobytes(), 1, mtime=0))
 
 
-def make_platform(store: Store, run: RunSpec, steps: int, checkpoint_steps: int) -> Peer:
-    """`jobs/train.py`, whose event files say when CURVE_POINTS steps between checkpoints ended."""
+def make_platform(store: Store, run: RunSpec, steps: int, checkpoint_steps: int | str) -> Peer:
+    """`jobs/train.py`, whose event files say when CURVE_POINTS steps between checkpoints ended, or
+    every CURVE_STEPS of them where `checkpoint_steps` is "auto"."""
     name = f"benchmark-{secrets.token_hex(4)}"
     settings = {
         "run": name,
@@ -235,15 +233,22 @@ def time_job(peer: Peer, with_kill: bool, say: Say) -> Iterator[tuple[str, float
 
 def kill_worker(submission: str) -> float:
     """SIGKILL a process that trains for the job; when, Unix time."""
-    driver = JobSubmissionClient().get_job_info(submission).driver_info
-    wanted = {"class_name": "RayTrainWorker", "state": "ALIVE", "job_id": driver and driver.id}
-    actors = list_actors(filters=[(key, "=", value) for key, value in wanted.items()])
-    pids = [actor.pid for actor in actors if psutil.pid_exists(actor.pid)]
+    pids = find_workers(submission)
     if not pids:
         raise HeliostatError("no worker trains on this machine: run this where the workers are")
     killed = time.time()
     psutil.Process(pids[-1]).kill()
     return killed
+
+
+def find_workers(submission: str) -> list[int]:
+    """The processes on this machine that train for the job, which may not be known yet."""
+    known = {job.submission_id: job.driver_info for job in JobSubmissionClient().list_jobs()}
+    if not (driver := known.get(submission)):
+        return []
+    wanted = {"class_name": "RayTrainWorker", "state": "ALIVE", "job_id": driver.id}
+    actors = list_actors(filters=[(key, "=", value) for key, value in wanted.items()])
+    return [actor.pid for actor in actors if psutil.pid_exists(actor.pid)]
 
 
 class Job:
@@ -286,12 +291,45 @@ def submit(peer: Peer) -> Iterator[Job]:
                 process.wait(JOB_SECONDS)
 
 
-def run_torchrun(run: RunSpec, pixels: Pixels, labels: Pixels) -> list[float]:
-    """When each step ended in `plain`, Unix time, on the rows as the platform's network gets them.
+def time_steps(
+    store: Store, run: RunSpec, pixels: Pixels, labels: Pixels
+) -> dict[str, list[float]]:
+    """Seconds a step in each turn of the platform's job and of `plain` under torchrun.
 
     Raises:
-        HeliostatError: it failed; has its last lines.
+        HeliostatError: one failed; has its last lines.
     """
+    peer = make_platform(store, run, PACE_STEPS, "auto")
+    with submit(peer) as job:
+        while not (workers := find_workers(job.name)):
+            if job.poll() is not None:
+                raise HeliostatError(f"the job ended before it had workers: {job.tail()}")
+            time.sleep(LOOK_SECONDS)
+        with start_plain(run, pixels, labels) as plain:
+            while len(ranks := find_ranks(plain.pid)) < run.train.most_workers:
+                if plain.poll() is not None:
+                    plain.wait()
+                time.sleep(LOOK_SECONDS)
+            turns = take_turns(
+                (workers, ranks), lambda: job.poll() is None and plain.poll() is None
+            )
+            ends = plain.wait()
+        job.wait()
+    (told,) = peer.read_steps()
+    return {
+        "heliostat": find_paces(turns, 0, told, CURVE_STEPS),
+        "torchrun": find_paces(turns, 1, ends, 1),
+    }
+
+
+def find_ranks(launcher: int) -> list[int]:
+    """The processes that torchrun has started."""
+    return [child.pid for child in psutil.Process(launcher).children(recursive=True)]
+
+
+@contextlib.contextmanager
+def start_plain(run: RunSpec, pixels: Pixels, labels: Pixels) -> Iterator[Torchrun]:
+    """`plain` under torchrun, on the rows as the platform's network gets them."""
     assert isinstance(run.model, MlpSpec)
     with tempfile.TemporaryDirectory() as directory:
         data = str(Path(directory, "data.npz"))
@@ -302,11 +340,13 @@ def run_torchrun(run: RunSpec, pixels: Pixels, labels: Pixels) -> list[float]:
             "hidden": run.model.hidden,
             "lr": run.train.optimizer.lr,
             "batch": run.train.global_batch,
-            "steps": ROUND_STEPS,
+            "steps": PACE_STEPS,
             "threads": run.train.cpus_per_worker,
         }
-        ends: list[float] = torchrun(run, "heliostat.benchmark.plain", options)
-    return ends
+        with start_torchrun(
+            "heliostat.benchmark.plain", run.train.most_workers, options
+        ) as process:
+            yield process
 
 
 def run_saving(root: str, run: RunSpec) -> tuple[float, float, int]:
@@ -323,24 +363,9 @@ def run_saving(root: str, run: RunSpec) -> tuple[float, float, int]:
         "saves": SAVES,
         "threads": run.train.cpus_per_worker,
     }
-    stall, wait, size = torchrun(run, "heliostat.benchmark.saving", options)
+    with start_torchrun("heliostat.benchmark.saving", run.train.most_workers, options) as process:
+        stall, wait, size = process.wait()
     return stall, wait, size
-
-
-def torchrun(run: RunSpec, module: str, options: dict[str, Any]) -> Any:
-    """What `module` prints as JSON in its last line, run in as many processes as `run` has."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={run.train.workers}", "-m", module, json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise HeliostatError(f"torchrun failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def find_pace(ends: Sequence[float]) -> float:
-    """The median step of the last two thirds, waiting for rows included; TOLD from end to end."""
-    steady = pairwise(ends[len(ends) // 3 :])
-    return statistics.median(after - before for before, after in steady) / TOLD
 
 
 def read_events(store: Store, run: str) -> list[list[float]]:

@@ -15,6 +15,7 @@ import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from heliostat.data.cache import Cache, gather
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Chunk, Order, share
 from heliostat.data.shards import (
@@ -91,11 +92,25 @@ class ChunkReader:
 
     Chunks are asked for by number, by every rank and roughly in step, so the last few are kept. A
     number elsewhere, as after a restart from a checkpoint, starts the pipeline anew from there.
+
+    A split that takes no more than `cache_share` of the cluster's object store stays there: once
+    all of it was read, chunks are made of what is there, and the bucket is left alone.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, split: str, order: Order, steps: int):
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        split: str,
+        order: Order,
+        steps: int,
+        cache_share: float = 0.0,
+    ):
         self._store, self._order = store, order
         self._stop = order.end_chunk(steps)
+        memory = ray.cluster_resources().get("object_store_memory", 0)
+        self._cache = Cache(order, cache_share * memory)
+        self._gather_task = ray.remote(_gather).options(num_cpus=0)
         self._spans = _spans(manifest, split)
         self._bundles: Iterator[Any] = iter(())
         self._kept: dict[int, list[ray.ObjectRef]] = {}
@@ -118,15 +133,29 @@ class ChunkReader:
         # Alone, as it is waited for: what comes after it does not compete with workers that start.
         self._bundles, self._next = self._read(index, 1), index
         self._kept.clear()
+        self._cache.clear()  # a node may have gone with some of it
 
     def _advance(self) -> None:
+        self._kept[self._next] = self._gather() if self._cache.is_whole else self._take()
+        self._kept.pop(self._next - CHUNKS_KEPT, None)
+        self._next += 1
+
+    def _take(self) -> list[ray.ObjectRef]:
+        """The next chunk of the pipeline."""
         bundle = next(self._bundles, None)
         if bundle is None:
             self._bundles = self._read(self._next, CHUNKS_PER_PIPELINE)
             bundle = next(self._bundles)
-        self._kept[self._next] = list(bundle.block_refs)
-        self._kept.pop(self._next - CHUNKS_KEPT, None)
-        self._next += 1
+        (block,) = bundle.block_refs
+        self._cache.add(self._next, block, bundle.size_bytes())
+        return [block]
+
+    def _gather(self) -> list[ray.ObjectRef]:
+        """The next chunk, made of those that are in memory."""
+        self._bundles = iter(())
+        sources = self._cache.find(self._next)
+        chunks, blocks = zip(*((one.chunk, one.block) for one in sources), strict=True)
+        return [self._gather_task.remote(self._order, self._next, chunks, *blocks)]
 
     def _read(self, first: int, most: int) -> Iterator[Any]:
         store, order, spans = self._store, self._order, self._spans
@@ -144,6 +173,10 @@ class ChunkReader:
             read, batch_size=None, batch_format="pyarrow"
         )
         return iter(dataset.iter_internal_ref_bundles())
+
+
+def _gather(order: Order, index: int, sources: tuple[Chunk, ...], *blocks: pa.Table) -> pa.Table:
+    return _told(lambda: gather(order, index, sources, [_checked(block) for block in blocks]))
 
 
 class Breather(ExecutionCallback):  # type: ignore[misc]  # Ray has no types

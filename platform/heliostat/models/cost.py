@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heliostat.errors import HeliostatError
 from heliostat.models import Task, build, count_parameters, task_of
-from heliostat.models.dropout import key_samples
+from heliostat.models.dropout import find_dropouts, key_samples
 from heliostat.models.example import example
 from heliostat.signature import Series, Signature, Text
 from heliostat.spec import CustomSpec, ModelSpec, RnnSpec
@@ -85,7 +85,10 @@ def _measure_step(network: nn.Module, task: Task, signature: Signature, rows: in
     inputs, targets = example(signature, rows)
     kept: dict[int, Tensor] = {}
     with FlopCounterMode(display=False) as counter:
-        with key_samples(network, torch.zeros(rows, dtype=torch.long)), _keeping(kept):
+        with (
+            key_samples(find_dropouts(network), torch.zeros(rows, dtype=torch.long)),
+            _keeping(kept),
+        ):
             loss = task.loss(network(*inputs), targets)
         forward = counter.get_total_flops()
         torch.autograd.backward(loss)

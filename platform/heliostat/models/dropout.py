@@ -1,7 +1,7 @@
 """Dropout whose noise belongs to the sample, not to the worker or the micro batch it lands in."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,10 +36,14 @@ class Dropout(nn.Module):
         return torch.mul(x_N, (kept / (1 - self.share)).to(x_N.dtype))
 
 
+def find_dropouts(model: nn.Module) -> list[Dropout]:
+    """Those that drop anything."""
+    return [module for module in model.modules() if isinstance(module, Dropout) and module.share]
+
+
 @contextmanager
-def key_samples(model: nn.Module, keys_N: Tensor) -> Iterator[None]:
-    """Within, every `Dropout` of `model` draws for sample n from keys_N[n], int64."""
-    layers = [module for module in model.modules() if isinstance(module, Dropout) and module.share]
+def key_samples(layers: Sequence[Dropout], keys_N: Tensor) -> Iterator[None]:
+    """Within, each of `layers` draws for sample n from keys_N[n], int64, and its place."""
     for salt, layer in enumerate(layers):
         # As a tensor, because a Python product would not wrap around at 64 bits.
         layer.keys = mix(keys_N + torch.tensor(salt) * _INCREMENT)

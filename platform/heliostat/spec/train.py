@@ -93,6 +93,9 @@ class TrainSpec(Section):
     one worker has in flight, `auto` finds the largest that fits, None takes its whole share. A
     worker that makes no step for `hang_seconds` says where it stands and is restarted.
 
+    Rows that take no more than `cache_share` of the cluster's object store are read once and stay
+    there; with 0 every epoch reads the bucket.
+
     `checkpoint_steps: auto` saves as often as pays, by what the last checkpoint cost and how often
     the run failed.
 
@@ -121,6 +124,7 @@ class TrainSpec(Section):
     recompute: bool = False
     compile: bool = False
     seed: Seed = 0
+    cache_share: Annotated[float, Field(ge=0, le=0.5, strict=True)] = 0.25
     checkpoint_steps: Positive | Literal["auto"] = "auto"
     keep_checkpoints: Annotated[int, Field(ge=2, strict=True)] = 2
     max_failures: Natural = 3

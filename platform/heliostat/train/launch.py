@@ -44,6 +44,7 @@ _NOT_IDENTITY = {
     "compile",
     "max_failures",
     "hang_seconds",
+    "cache_share",
     "keep_checkpoints",
 }
 
@@ -134,7 +135,7 @@ def _say_workers(run: RunSpec) -> str:
 def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> None:
     store.delete(failure_key(job.run))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=job.reader)
-    actor = reader.remote(store, manifest, "train", order, job.steps)
+    actor = reader.remote(store, manifest, "train", order, job.steps, job.spec.train.cache_share)
     # The rows of the first step are on their way while the workers start.
     actor.chunk.remote(order.locate(_reached(store, job))[0])
     try:

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from heliostat.errors import HeliostatError
 from heliostat.models import Task
-from heliostat.models.dropout import key_samples, mix
+from heliostat.models.dropout import Dropout, find_dropouts, key_samples, mix
 from heliostat.train.optim import set_rate
 from heliostat.train.parallel import Autocast, synced
+
+Keyed = Callable[[slice], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,15 @@ def fit(
     Raises:
         HeliostatError: the loss or the gradient is NaN or infinite; the optimiser has not stepped.
     """
+    dropouts = find_dropouts(model)
     began = time.perf_counter()
     for step, batch in enumerate(batches, start=first_step + 1):
         received = time.perf_counter()
         model.train()
         set_rate(optimizer, rate := recipe.rate(step))
         optimizer.zero_grad(set_to_none=True)
-        collect = _accumulate(model, task, batch, recipe, step, ranks)
+        keyed = _key(dropouts, recipe.seed, step, batch)
+        collect = _accumulate(model, task, batch, recipe, keyed, ranks)
         recipe.scaler.unscale_(optimizer)
         grad_norm = _clip(model, recipe.clip_norm)
         totals, votes = collect()
@@ -161,7 +166,7 @@ def _accumulate(
     task: Task,
     batch: Batch,
     recipe: Recipe,
-    step: int,
+    keyed: Keyed,
     ranks: Ranks,
 ) -> Callable[[], tuple[dict[str, float], tuple[float, ...]]]:
     """Forward and backward over all micro batches; how to get the sums and votes of all ranks.
@@ -172,13 +177,12 @@ def _accumulate(
     most_rows = -(-batch.rows // ranks.world_size)
     size = recipe.micro_batch or max(most_rows, 1)
     scale = ranks.world_size / (batch.weight * task.units)
-    keys = _key(recipe.seed, step, batch)
     sums: list[dict[str, Tensor]] = []
     starts = range(0, max(most_rows, 1), size)
     for start in starts:
         rows = slice(start, start + size)
         last = start == starts[-1]
-        with synced(model, last), key_samples(model, keys[rows]):
+        with synced(model, last), keyed(rows):
             with recipe.autocast():
                 outputs = model(*(tensor[rows] for tensor in batch.inputs))
                 measured = _measure(task, outputs, batch.targets[rows])
@@ -210,10 +214,13 @@ def _columns(sums: list[dict[str, Tensor]]) -> Iterator[Any]:
     return zip(*(part.values() for part in sums), strict=True)
 
 
-def _key(seed: int, step: int, batch: Batch) -> Tensor:
-    """A number for each sample that says what is drawn for it, int64 (rows of the share,)."""
+def _key(dropouts: Sequence[Dropout], seed: int, step: int, batch: Batch) -> Keyed:
+    """What gives each of these rows of the share a number that says what is drawn for it."""
+    if not dropouts:
+        return lambda rows: contextlib.nullcontext()
     places = torch.arange(len(batch.targets), device=batch.targets.device) + batch.first_row
-    return mix(mix(torch.tensor(seed ^ (step << 32) & 2**63 - 1)) + places)
+    keys = mix(mix(torch.tensor(seed ^ (step << 32) & 2**63 - 1)) + places)
+    return lambda rows: key_samples(dropouts, keys[rows])
 
 
 def _clip(model: nn.Module, most: float | None) -> float:

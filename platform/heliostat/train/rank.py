@@ -372,10 +372,18 @@ class _Worker:
 @contextlib.contextmanager
 def _watched(seconds: float) -> Iterator[Callable[[], None]]:
     """Within, a process that does not call what it is given for `seconds` says where each of its
-    threads stands and ends: a rank that hangs would hold up all others for ever."""
+    threads stands and ends: a rank that hangs would hold up all others for ever.
+
+    Winding the clock up starts a thread, so that is done ten times in `seconds` at most.
+    """
+    slack = seconds / 10
+    wound = -slack
 
     def alive() -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        nonlocal wound
+        if (now := time.monotonic()) - wound >= slack:
+            wound = now
+            faulthandler.dump_traceback_later(seconds + slack, exit=True, file=2)
 
     alive()
     try:
