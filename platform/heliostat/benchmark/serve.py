@@ -19,7 +19,7 @@ from heliostat import evaluate, keys, local, storage
 from heliostat.benchmark.load import Reading, check_program, press
 from heliostat.benchmark.peers import fastapi_server
 from heliostat.benchmark.questions import Question, ask_binary, ask_fastapi, ask_ours, ask_rows
-from heliostat.benchmark.servers import find_port, run_server
+from heliostat.benchmark.servers import find_port, pause, run_server
 from heliostat.benchmark.subjects import LENET, MLP, Subject, publish_subject, save_script
 from heliostat.data.features import IMAGE
 from heliostat.errors import HeliostatError
@@ -42,6 +42,7 @@ ALONE = NAMES[:4]  # who is asked over one connection as well
 
 Say = Callable[[str], None]
 Asked = dict[str, Question]
+Groups = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ def measure(repeats: int, say: Say) -> dict[str, dict[str, Reading | None]]:
             for subject, list_cases in ((MLP, list_mlp_cases), (LENET, list_cnn_cases)):
                 version = serve(store, subject)
                 expected = answer_offline(store, version, subject)
-                with run_peers(folder, subject, cluster.root, token, say) as peers:
+                with run_peers(folder, subject, cluster.root, token, say) as (peers, groups):
                     for case in list_cases(cluster, peers, token):
                         answers = {name: one.ask() for name, one in case.asked.items()}
                         check_answers(answers, expected)
-                        found[case.name] = run_rounds(case, repeats, say)
+                        found[case.name] = run_rounds(case, groups, repeats, say)
     return found
 
 
@@ -179,23 +180,25 @@ def list_commands(root: str, token: str) -> dict[str, Command]:
 
 
 @contextmanager
-def run_peers(folder: Path, subject: Subject, root: str, token: str, say: Say) -> Iterator[Asked]:
-    """All that are installed, each a server of this one network."""
+def run_peers(
+    folder: Path, subject: Subject, root: str, token: str, say: Say
+) -> Iterator[tuple[Asked, Groups]]:
+    """All that are installed, each a server of this one network, and their process groups."""
     model = folder / f"{subject.name}.pt"
     save_script(subject, model)
-    asked = {}
+    asked, groups = {}, {}
     with ExitStack() as stack:
         for name, command in list_commands(root, token).items():
             port = find_port()
             base = f"http://127.0.0.1:{port}"
             words = ["nice", f"-n{NICENESS}", *command.words(model, port)]
             log = folder / f"{name}.log"
-            stack.enter_context(
+            groups[name] = stack.enter_context(
                 run_server(words, base + command.health, log, command.settings(model))
             )
             say(f"{name} answers")
             asked[name] = command.ask(base, subject)
-        yield asked
+        yield asked, groups
 
 
 def check_answers(answers: Mapping[str, NDArray[Any]], expected: NDArray[np.float32]) -> None:
@@ -205,10 +208,11 @@ def check_answers(answers: Mapping[str, NDArray[Any]], expected: NDArray[np.floa
             raise HeliostatError(f"{name} answers {found.round(4)} instead of {expected.round(4)}")
 
 
-def run_rounds(case: Case, repeats: int, say: Say) -> dict[str, Reading | None]:
+def run_rounds(case: Case, groups: Groups, repeats: int, say: Say) -> dict[str, Reading | None]:
     """A first, short round that does not count, then `repeats` in turn.
 
-    A peer that fails a request says so and is left out.
+    A peer that fails a request says so and is left out. Those that are not asked stand still, all
+    but the cluster, which goes on.
 
     Raises:
         HeliostatError: a request to Heliostat failed.
@@ -216,8 +220,10 @@ def run_rounds(case: Case, repeats: int, say: Say) -> dict[str, Reading | None]:
     asked, rounds = dict(case.asked), dict[str, list[Reading]]()
     for seconds in (WARM_SECONDS, *repeat(ROUND_SECONDS, repeats)):
         for name, question in list(asked.items()):
+            others = (group for other, group in groups.items() if other != name)
             try:
-                reading = press(question.request, case.connections, seconds)
+                with pause(others):
+                    reading = press(question.request, case.connections, seconds)
             except HeliostatError as error:
                 if name in OURS:
                     raise

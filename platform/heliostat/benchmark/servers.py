@@ -6,8 +6,8 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from heliostat.errors import HeliostatError
@@ -20,8 +20,8 @@ MAX_LOG_CHARS = 600
 @contextmanager
 def run_server(
     command: Sequence[str], url: str, log: Path, settings: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """A server from the moment that `url` answers 200 to the end of the block.
+) -> Iterator[int]:
+    """A server from the moment that `url` answers 200 to the end of the block; its process group.
 
     Raises:
         HeliostatError: it ends, or does not answer in time; the sentence has its last lines.
@@ -35,9 +35,19 @@ def run_server(
         if not _await_answer(url, process):
             last = " ".join(log.read_text(errors="replace").split())[-MAX_LOG_CHARS:]
             raise HeliostatError(f"{' '.join(command[:3])} does not answer: {last}")
-        yield
+        yield process.pid
     finally:
         end(process)
+
+
+@contextmanager
+def pause(groups: Iterable[int]) -> Iterator[None]:
+    """Within, these servers stand still: what they do while nobody asks them takes no core."""
+    with ExitStack() as stack:
+        for group in groups:
+            os.killpg(group, signal.SIGSTOP)
+            stack.callback(os.killpg, group, signal.SIGCONT)
+        yield
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
