@@ -22,7 +22,7 @@ from torch import nn
 
 from heliostat import storage
 from heliostat.benchmark.published import publish
-from heliostat.benchmark.servers import find_port, run_server
+from heliostat.benchmark.servers import find_port, pause, run_server
 from heliostat.data.features import BlockFeatures
 from heliostat.data.tokens import Vocabulary, describe_tokenizer, learn_tokenizer, store_tokenizer
 from heliostat.errors import HeliostatError
@@ -62,13 +62,14 @@ class Outcome:
 
 
 def measure(repeats: int, report: Callable[[str], None]) -> Outcome:
-    """Each peer serves the same weights, and all take turns."""
+    """Each peer serves the same weights, and all take turns: who is not asked stands still."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         version, store = publish_llama(Path(folder, "bucket"))
         layout = Path(folder, "llama")
         export_hf(store, version, storage.connect(str(layout)))
         startup: dict[str, float | None] = dict.fromkeys(["heliostat", "vllm", "transformers"])
         urls: dict[str, str] = {}
+        groups: dict[str, int] = {}
         for name, command in commands(store.uri, version.ref, layout).items():
             if shutil.which(command[0]):
                 port = find_port()
@@ -76,7 +77,7 @@ def measure(repeats: int, report: Callable[[str], None]) -> Outcome:
                 began = time.perf_counter()
                 urls[name] = f"http://127.0.0.1:{port}"
                 server = run_server([*command, str(port)], f"{urls[name]}/v1/models", log, QUIET)
-                stack.enter_context(server)
+                groups[name] = stack.enter_context(server)
                 startup[name] = time.perf_counter() - began
                 report(f"{name} answers after {startup[name]:.1f} s")
         found: dict[str, dict[int, list[Reading]]] = {}
@@ -85,10 +86,12 @@ def measure(repeats: int, report: Callable[[str], None]) -> Outcome:
         for streams in STREAMS:
             for _ in range(repeats):
                 for name, url in urls.items():
-                    reading = asyncio.run(load_server(url, streams))
+                    with pause(group for other, group in groups.items() if other != name):
+                        reading = asyncio.run(load_server(url, streams))
                     found.setdefault(name, {}).setdefault(streams, []).append(reading)
                 if static:
-                    reading = load_static(static, streams)
+                    with pause(groups.values()):
+                        reading = load_static(static, streams)
                     found.setdefault("transformers", {}).setdefault(streams, []).append(reading)
         readings = {
             name: {streams: best(found[name][streams]) for streams in STREAMS}
