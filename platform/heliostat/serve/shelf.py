@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,11 @@ from heliostat.storage import Store
 logger = logging.getLogger(__name__)
 
 # One thread computes at a time, so the event loop stays free and batches do not fight for cores.
-COMPUTE_POOL = ThreadPoolExecutor(1, "compute")
+# It wants the interpreter back after each operation: the event loop has it so long at most.
+SWITCH_SECONDS = 0.0005
+COMPUTE_POOL = ThreadPoolExecutor(
+    1, "compute", initializer=partial(sys.setswitchinterval, SWITCH_SECONDS)
+)
 LOAD_POOL = ThreadPoolExecutor(1, "load")
 MIB = 2**20
 

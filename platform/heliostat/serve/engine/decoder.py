@@ -5,7 +5,8 @@ heads, K key and value heads, C width of a head, E = (H + 2K) C, F feed-forward 
 V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +20,9 @@ from heliostat.models.gpt import Gpt, Layer, attend
 Attend = Callable[[Tensor, Tensor], Tensor]
 
 LENGTH_STEP = 32  # attention reads a multiple of so many tokens
+# Multiplications of a product that one core does before a second one has joined it, and waited for
+# the processes that answer the clients.
+FEW_PRODUCTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ class Decoder:
             seen = [self._attend_prompt(qkv_SE[start:stop]) for start, stop in pairwise(spans)]
             return torch.cat(seen)
 
-        x_SD = self._run(tokens_S, places_S, slots_S, attend_within)
-        return self._read_out(x_SD[torch.tensor(spans[1:]) - 1])
+        with self._threads(len(tokens_S)):
+            x_SD = self._run(tokens_S, places_S, slots_S, attend_within)
+            return self._read_out(x_SD[torch.tensor(spans[1:]) - 1])
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
@@ -108,8 +113,9 @@ class Decoder:
             )
             return seen_NKGC.reshape(count, -1)
 
-        x_ND = self._run(torch.tensor(tokens), places_N, torch.arange(count), attend_cache)
-        return self._read_out(x_ND)
+        with self._threads(count):
+            x_ND = self._run(torch.tensor(tokens), places_N, torch.arange(count), attend_cache)
+            return self._read_out(x_ND)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, tokens: int) -> None:
@@ -117,6 +123,17 @@ class Decoder:
         start, goal = source * self.context, target * self.context
         for cache in self.caches:
             cache[goal : goal + tokens] = cache[start : start + tokens]
+
+    @contextmanager
+    def _threads(self, rows: int) -> Iterator[None]:
+        """Within, small products are made by one thread."""
+        threads = torch.get_num_threads()
+        few = rows * self.layers[0].gate_up.numel() <= FEW_PRODUCTS
+        torch.set_num_threads(1 if few else threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _run(self, tokens: Tensor, places: Tensor, slots: Tensor, attend: Attend) -> Tensor:
         """The layers over tokens (S,) at their places in their slots; (S, D)."""
