@@ -28,7 +28,7 @@ from heliostat.data.features import (
     input_of,
 )
 from heliostat.evaluate import Predictor, load_predictor, predict, score
-from heliostat.evaluate.scores import ClassScores
+from heliostat.evaluate.scores import ClassScores, NumberScores
 from heliostat.models import build
 from heliostat.models.tasks import choose_task
 from heliostat.signature import Classes, Signature
@@ -170,6 +170,14 @@ def test_a_table_fits_a_terminal_and_holds_no_control_character(labels: tuple[st
     for label, line in zip(labels, lines[1:], strict=False):
         assert line.split()[-3:] == ["1.0000", "1.0000", "7"]
         assert line.startswith(label) or not label.isprintable() or "…" in line
+
+
+def test_the_names_of_numbers_hold_no_control_character_either() -> None:
+    names = ("\x1b[31mred", "two\nlines", "x" * 200, "price")
+    some = (1.0,) * len(names)
+    lines = NumberScores(names, 3, 0.5, some, some, some).render().splitlines()
+    assert all(line.isprintable() and len(line) < 100 for line in lines)
+    assert len(lines) == 1 + len(names) + 2
 
 
 def test_a_table_by_example() -> None:

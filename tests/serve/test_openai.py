@@ -258,6 +258,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("prompt", "0" * LENGTH, "prompt"),
     ("prompt", "0" * 10**4, "prompt"),
     ("stream_options", {"x": 1}, "stream_options.x"),
+    ("stream_options", {"include_usage": True}, "stream_options"),
     ("surprise", 1, "surprise"),
     ("model", 5, "model"),
 ]
@@ -276,6 +277,13 @@ def test_what_the_engine_cannot_do_is_refused_by_its_field(
     assert len(error["message"]) <= 400
     answered = HERE.post(COMPLETION, json={"model": "rays", "prompt": "x", "max_tokens": 2})
     assert answered.status_code == 200
+
+
+def test_alternatives_without_log_probabilities_are_refused() -> None:
+    chat = {"model": "rays", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}
+    response = HERE.post("/v1/chat/completions", json=chat)
+    assert response.status_code == 422
+    assert check_error(response)["field"] == "top_logprobs"
 
 
 def test_a_long_prompt_is_refused_with_both_numbers() -> None:

@@ -43,14 +43,8 @@ from heliostat.serve.language import Language, Room
 from heliostat.serve.remote import Remote, read_tokens, write_ask
 from heliostat.serve.replies import Refusal
 from heliostat.serve.shelf import Shelf, load
-from heliostat.serve.vllm import (
-    Launch,
-    Server,
-    check_examples,
-    find_cause,
-    load_vllm,
-    split_documents,
-)
+from heliostat.serve.vllm import check_examples, load_vllm, split_documents
+from heliostat.serve.vllm_server import Launch, Server, find_cause
 from heliostat.spec import VllmSpec
 from heliostat.storage import Store
 from serving import Client, check_error

@@ -102,10 +102,7 @@ class ClassScores:
 
     def render(self) -> str:
         """By class and, up to 20 classes, the confusion matrix; long labels are cut short."""
-        printable = (text if text.isprintable() else ascii(text)[1:-1] for text in self.labels)
-        labels = [
-            text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…" for text in printable
-        ]
+        labels = [_shorten(label) for label in self.labels]
         width = max(5, *map(len, labels))
         support = self._matrix.sum(axis=1)
         digits = max(5, len(str(support.max())))
@@ -171,9 +168,10 @@ class NumberScores:
         return {name: getattr(self, name) for name in type(self).__dataclass_fields__}
 
     def render(self) -> str:
-        width = max(6, *map(len, self.names))
+        names = [_shorten(name) for name in self.names]
+        width = max(6, *map(len, names))
         lines = [f"{'number':<{width}}  {'mae':>12}  {'rmse':>12}  {'r2':>7}"]
-        for name, mae, rmse, r2 in zip(self.names, self.mae, self.rmse, self.r2, strict=True):
+        for name, mae, rmse, r2 in zip(names, self.mae, self.rmse, self.r2, strict=True):
             lines.append(f"{name:<{width}}  {mae:>12.6g}  {rmse:>12.6g}  {_cell(r2):>7}")
         return "\n".join([*lines, "", f"loss {self.loss:.4f}  rows {self.rows:,}"])
 
@@ -287,6 +285,12 @@ def _shares(hits: npt.NDArray[Any], totals: npt.NDArray[Any]) -> tuple[float | N
         float(hit) / float(total) if total else None
         for hit, total in zip(hits, totals, strict=True)
     )
+
+
+def _shorten(text: str) -> str:
+    """What a user's data calls something, as a cell of a table; no control characters."""
+    printable = text if text.isprintable() else ascii(text)[1:-1]
+    return printable if len(printable) <= MAX_LABEL else f"{printable[: MAX_LABEL - 1]}…"
 
 
 def _cell(share: float | None) -> str:

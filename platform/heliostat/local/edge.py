@@ -101,8 +101,9 @@ def replace(edge: Edge, config: Path) -> NoReturn:
     """
     command = prepare(edge, config)
     marker = f"{config}.{NAME}"
-    drain(marker)
-    processes.wait_for(lambda: machine.is_free(edge.port), READY_SECONDS)
+    if processes.find(marker):
+        drain(marker)
+        processes.wait_for(lambda: machine.is_free(edge.port), READY_SECONDS)
     if not machine.is_free(edge.port):
         raise HeliostatError(
             f"another program listens on port {edge.port}: stop it, or give another --port"

@@ -4,7 +4,14 @@ import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import from_json
 
 from heliostat.serve.chat import Turn
@@ -76,6 +83,15 @@ class Generation(Section):
     presence_penalty: Zero | None = None
     logit_bias: Nothing | None = None
 
+    @field_validator("stream_options")
+    @classmethod
+    def _options_are_of_a_stream(
+        cls, options: StreamOptions | None, info: ValidationInfo
+    ) -> StreamOptions | None:
+        if options and not info.data.get("stream"):
+            raise ValueError("is for a stream: set stream to true, or leave it out")
+        return options
+
     def find_stops(self, language: Language) -> tuple[str, ...]:
         """The strings that end an answer, which does not have them."""
         return self.stop or ()
@@ -136,6 +152,13 @@ class Chat(Generation):
     max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     logprobs: Flag | None = None
     top_logprobs: Shown | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _alternatives_are_of_logprobs(cls, shown: int | None, info: ValidationInfo) -> int | None:
+        if shown and not info.data.get("logprobs"):
+            raise ValueError("is told beside logprobs: set logprobs to true, or leave it out")
+        return shown
 
     def find_stops(self, language: Language) -> tuple[str, ...]:
         return (*(self.stop or ()), *language.chat.stops)
