@@ -487,6 +487,33 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
         load_tokenizer(store, VOCABULARY.sha256)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"vocab_size": "many"},
+        {"vocab_size": [1], "eos_token": ["x"], "chat_template": 5},
+        {"chat_template": ["default"], "eos_token": {"content": {}}},
+        {"chat_template": [{"name": ["default"]}, {"name": "default"}]},
+    ],
+)
+def test_what_a_third_party_wrote_beside_a_tokenizer_need_not_make_sense(
+    beside: dict[str, Any],
+) -> None:
+    assert describe_tokenizer(WRITTEN, beside, "x") == VOCABULARY
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "null", '"x"'])
+def test_a_config_that_is_no_object_is_as_good_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(WRITTEN)
+    (tmp_path / "config.json").write_text(text)
+    assert read_tokenizer(str(tmp_path)) == (WRITTEN, {})
+
+
+def test_a_vocabulary_without_end_is_refused() -> None:
+    with pytest.raises(HeliostatError, match=r"1,000,000,000,000 tokens, at most 4,194,304"):
+        describe_tokenizer(WRITTEN, {"vocab_size": 10**12}, "x")
+
+
 # --- The job -------------------------------------------------------------------------------------
 
 

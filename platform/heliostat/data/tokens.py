@@ -20,6 +20,7 @@ END = "<|end|>"
 # What others call the token that ends a document, where no tokenizer_config.json says it.
 OTHER_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 MIN_FREQUENCY = 2
+MAX_TOKENS = 2**22  # ten times as many as the largest vocabularies have
 CHARACTERS_PER_CALL = 2**21  # the tokenizer needs some 120 bytes for each
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -96,10 +97,8 @@ def read_tokenizer(uri: str) -> tuple[bytes, dict[str, Any]]:
         HeliostatError: there is no such object.
     """
     folder, _, name = uri.rpartition("/") if uri.endswith(".json") else (uri, "", "tokenizer.json")
-    store, beside = connect(folder or "."), dict[str, Any]()
-    for other in ("config.json", "tokenizer_config.json"):
-        with suppress(Missing, ValueError):
-            beside |= json.loads(store.read(other))
+    store = connect(folder or ".")
+    beside = _read_object(store, "config.json") | _read_object(store, "tokenizer_config.json")
     with suppress(Missing, ValueError):
         beside["chat_template"] = store.read("chat_template.jinja").decode()
     try:
@@ -117,11 +116,17 @@ def describe_tokenizer(data: bytes, beside: dict[str, Any], origin: str) -> Voca
     A model stored beside it may have more rows than there are tokens: then these count.
 
     Raises:
-        HeliostatError: it is no tokenizer, or has no token that ends a document.
+        HeliostatError: it is no tokenizer, has no token that ends a document, or too many tokens.
     """
     tokenizer = parse_tokenizer(data, origin)
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    size = max(max(ids.values()) + 1, int(beside.get("vocab_size") or 0))
+    rows = beside.get("vocab_size")
+    size = max(max(ids.values()) + 1, rows if isinstance(rows, int) else 0)
+    if size > MAX_TOKENS:
+        raise HeliostatError(
+            f"{origin} and the config.json beside it have {size:,} tokens, at most {MAX_TOKENS:,} "
+            "are taken"
+        )
     return Vocabulary(
         sha256(data).hexdigest(),
         size,
@@ -240,17 +245,29 @@ def _find_template(beside: dict[str, Any]) -> str:
     """The template, one named "default" of several, with the beginning token that it may name."""
     given = beside.get("chat_template") or ""
     if isinstance(given, list):
-        given = next((one["template"] for one in given if one.get("name") == "default"), "")
+        named = (one for one in given if isinstance(one, dict) and one.get("name") == "default")
+        given = next(named, {}).get("template")
+    if not isinstance(given, str):
+        return ""
     begin = beside.get("bos_token")
     begin = begin.get("content") if isinstance(begin, dict) else begin
     return f"{{% set bos_token = {json.dumps(begin or '')} %}}{given}" if given else ""
+
+
+def _read_object(store: Store, name: str) -> dict[str, Any]:
+    """A JSON object; {} where there is none of this name."""
+    with suppress(Missing, ValueError):
+        found = json.loads(store.read(name))
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _find_end(ids: dict[str, int], beside: dict[str, Any], origin: str) -> int:
     named = beside.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     for name in (named, END, *OTHER_ENDS):
-        if name in ids:
+        if isinstance(name, str) and name in ids:
             return ids[name]
     raise HeliostatError(
         f"{origin} has no token that ends a document, such as {OTHER_ENDS[0]}: name it as "
