@@ -133,6 +133,9 @@ def test_the_keys_of_older_config_files_mean_the_same(tmp_path: Path) -> None:
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5: only"),
         ({"quantization_config": {"bits": 4}}, "before they were quantised"),
         ({"hidden_size": None}, "no hidden_size"),
+        ({"hidden_size": "48"}, "values that are not llama's"),
+        ({"num_attention_heads": 0}, "values that are not llama's"),
+        ({"rope_scaling": [1]}, "values that are not llama's"),
     ],
 )
 def test_what_no_family_has_is_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
@@ -181,6 +184,12 @@ def test_another_vocabulary_is_refused_with_the_tokenizer_to_use(tmp_path: Path)
             lambda tensors: tensors.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
             "norm.weight holds torch.int8",
         ),
+        (
+            lambda tensors: tensors.update(
+                {"model.layers.0.self_attn.k_proj.weight": torch.ones(3)}
+            ),
+            r"q_proj.weight is \(48, 48\), .*k_proj.weight is \(3,\)",
+        ),
         (lambda tensors: tensors.clear(), r"is missing, .* and 1\d more"),
     ],
 )
@@ -220,6 +229,8 @@ def test_our_own_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     [
         ("pytorch_model.bin", b"PK\x03\x04", "neither model.safetensors nor"),
         ("model.safetensors", b"PK\x03\x04", "not a safetensors file"),
+        ("model.safetensors.index.json", b"{}", "no weight_map"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "no weight_map"),
         ("config.json", b"[1]", "not a JSON object"),
         ("config.json", b"{", "not JSON"),
     ],

@@ -105,6 +105,8 @@ def describe_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         return _DESCRIBE[kind](config)
     except KeyError as error:
         raise HeliostatError(f"config.json has no {error.args[0]}: it is not {kind}'s") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise HeliostatError(f"config.json has values that are not {kind}'s: {error}") from error
 
 
 def refuse_other_config(spec: ModelSpec, config: Mapping[str, Any], origin: str) -> None:
@@ -137,7 +139,8 @@ def from_hf(spec: ModelSpec, tensors: Mapping[str, Tensor], origin: str) -> Tens
     """Hugging Face's tensors under our names.
 
     Raises:
-        HeliostatError: one is missing, or there is one that no part of the network takes.
+        HeliostatError: one is missing, there is one that no part of the network takes, or those
+            that belong together have other shapes.
     """
     assert isinstance(spec, GptSpec | EncoderSpec)
     tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
@@ -151,7 +154,7 @@ def from_hf(spec: ModelSpec, tensors: Mapping[str, Tensor], origin: str) -> Tens
     }
     _refuse(origin, [f"{name} is missing" for name in sorted(needed - tensors.keys())])
     _refuse(origin, [f"{name} has no place in the network" for name in sorted(unknown)])
-    return {ours: torch.cat([tensors[name] for name in theirs]) for ours, theirs in names.items()}
+    return {ours: _join(theirs, tensors, origin) for ours, theirs in names.items()}
 
 
 def to_hf(spec: GptSpec, weights: Mapping[str, Tensor]) -> Tensors:
@@ -260,7 +263,7 @@ def _resolve(spec: ModelSpec) -> dict[str, Any]:
 def _read_tensors(store: Store) -> Tensors:
     """All tensors of a directory: of one file, or of the files that an index names."""
     if store.stat(INDEX) is not None:
-        files = sorted(set(_read_json(store, INDEX)["weight_map"].values()))
+        files = _list_files(store)
     elif store.stat(WEIGHTS) is not None:
         files = [WEIGHTS]
     else:
@@ -269,6 +272,23 @@ def _read_tensors(store: Store) -> Tensors:
             "of them, or one .safetensors file"
         )
     return {name: value for file in files for name, value in _parse(store, file).items()}
+
+
+def _list_files(store: Store) -> list[str]:
+    places = _read_json(store, INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise HeliostatError(f"{store.uri}/{INDEX} has no weight_map of names to files")
+    return sorted(set(places.values()))
+
+
+def _join(names: Sequence[str], tensors: Mapping[str, Tensor], origin: str) -> Tensor:
+    try:
+        return torch.cat([tensors[name] for name in names])
+    except RuntimeError as error:
+        shapes = [f"{name} is {tuple(tensors[name].shape)}" for name in names]
+        raise HeliostatError(
+            f"the weights at {origin} do not fit the network: {', '.join(shapes)}"
+        ) from error
 
 
 def _parse(store: Store, key: str) -> Tensors:
