@@ -34,7 +34,7 @@ class Options(Section):
 def measure_data(options: Options) -> dict[str, Any]:
     def report(name: str, reading: data.Reading) -> None:
         print(
-            f"{name:<10} {reading.rows_per_second:>9,.0f} rows/s  "
+            f"{name:<16} {reading.rows_per_second:>9,.0f} rows/s  "
             f"{reading.streaming_rows_per_second:>9,.0f} after the first batch of an epoch  "
             f"first batch {reading.first_batch_seconds:.2f} s",
             flush=True,
