@@ -165,6 +165,7 @@ def test_small_batches_do_not_keep_large_ones_in_a_thread() -> None:
 
     in_pool: list[int] = []
     pool = Later()
-    batcher = Batcher(Compute(), pool)
-    batcher._pace.record(1, 0.9e-3)
+    pace = Pace(first_seconds=0.02)
+    pace.record(1, 0.9e-3)
+    batcher = Batcher(Compute(), pool, pace=pace)
     assert asyncio.run(run()) == [16]

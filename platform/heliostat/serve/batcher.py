@@ -63,16 +63,21 @@ class Batcher:
 
     Nothing waits for company: a batch is what came in while the one before was computed, or in one
     turn of the event loop. It has so many rows that it takes `batch_seconds` at the pace measured,
-    in the processor's time: what else runs on the machine makes no batch smaller.
+    in the processor's time: what else runs on the machine makes no batch smaller. `pace` is what is
+    known of it already.
     """
 
     def __init__(
-        self, compute: Compute, pool: Executor, batch_seconds: float = BATCH_SECONDS
+        self,
+        compute: Compute,
+        pool: Executor,
+        batch_seconds: float = BATCH_SECONDS,
+        pace: Pace | None = None,
     ) -> None:
         self._compute, self._pool = compute, pool
         self._batch_seconds = batch_seconds
         self._waiting: deque[Waiting] = deque()
-        self._pace = Pace(batch_seconds)
+        self._pace = pace or Pace(batch_seconds)
         self._running = False
 
     async def run(self, columns: Columns, rows: int) -> Rows:
