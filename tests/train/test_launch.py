@@ -12,6 +12,7 @@ import ray
 import safetensors.numpy
 import safetensors.torch
 from ray.util.state import list_actors
+from ray.util.state.common import ActorState
 
 from datasets import store_images
 from heliostat import evaluate, spec, storage
@@ -91,11 +92,18 @@ def test_workers_on_two_nodes_train_the_same_model(
     cpus = cluster.state.bounds.logical_cpus
     join_node(cpus - 1)
     wait_until(lambda: ray.cluster_resources()["CPU"] == 2 * cpus - 1, 60)
+    earlier = {worker.actor_id for worker in list_workers()}
     # All but one of the CPUs of one node and all of the other: a worker fits on each.
     both = train(make_run(store, workers=2, cpus_per_worker=cpus - 1, run="both"), manifest)
-    workers = list_actors(filters=[("class_name", "=", "RayTrainWorker")])
-    assert len({worker.node_id for worker in workers}) == 2
+    workers = [worker for worker in list_workers() if worker.actor_id not in earlier]
+    assert len(workers) == len({worker.node_id for worker in workers}) == 2
     np.testing.assert_allclose(weights(alone), weights(both), atol=1e-6)
+
+
+def list_workers() -> list[ActorState]:
+    """Of all runs on this cluster so far."""
+    filters = [("class_name", "=", "RayTrainWorker")]
+    return list(list_actors(filters=filters, limit=1000))
 
 
 def test_a_run_is_steered_by_its_validations_alike_on_one_worker_and_two(store: Store) -> None:
