@@ -341,7 +341,8 @@ def test_one_that_says_nothing_any_more_is_unhealthy_until_it_does(
 
 
 def find_program(server: Server) -> psutil.Process:
-    (program,) = psutil.Process(server.process.pid).children()
+    children = psutil.Process(server.process.pid).children()
+    (program,) = (child for child in children if leash.__file__ not in child.cmdline())
     return program
 
 
@@ -360,8 +361,9 @@ def write_program(path: Path, *lines: str) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("victim", ["holder", "leash"])
 def test_it_ends_with_who_started_it_even_if_it_will_not(
-    tmp_path: Path, wait_until: WaitUntil
+    tmp_path: Path, wait_until: WaitUntil, victim: str
 ) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -371,9 +373,10 @@ def test_it_ends_with_who_started_it_even_if_it_will_not(
     )
     assert holder.stdout
     held = psutil.Process(int(holder.stdout.readline()))
-    wait_until(lambda: len(held.children(recursive=True)) == 2)
+    # The program, what it has started, and who ends both if this one cannot.
+    wait_until(lambda: len(held.children(recursive=True)) == 3)
     family = [held, *held.children(recursive=True)]
-    holder.kill()
+    (held if victim == "leash" else holder).kill()
     holder.communicate()
     wait_until(lambda: not any(one.is_running() for one in family))
     assert not folder.exists()
