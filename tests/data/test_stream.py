@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from heliostat.data.shards import cut_spans, read_span
 from heliostat.storage import Store, connect
 
 ROWS = {"train": 301, "test": 40}
+SHARE = 0.1
 
 
 @pytest.fixture
@@ -106,46 +108,48 @@ def test_a_rank_without_rows_still_takes_part(store: Store) -> None:
     assert [len(rows) for rows in train_batches(store, manifest, order, range(4), 5)] == [3] * 4
 
 
-@pytest.mark.cluster
-def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: object) -> None:
+@contextmanager
+def run_reader(
+    store: Store, manifest: Manifest, order: Order, chunks: int, cache_share: float = 0.0
+) -> Iterator[Callable[[int], pa.Table]]:
+    """What fetches chunks from an actor that reads so many of them."""
     import ray
 
-    store = connect(f"{cluster.root}/test-stream")  # type: ignore[attr-defined]
-    manifest = store_images(store, ROWS)
-    order = Order(stream.plan(manifest, "train", 64, 1).part_rows, 64, 2, 1)
-    expected = make_fetch(store, manifest, order)
     ray.init(ignore_reinit_error=True)
+    steps = -(-chunks // order.chunks_per_epoch) * order.steps_per_epoch
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0)
-    actor = reader.remote(store, manifest, "train", order, 4 * order.steps_per_epoch)
-    fetch = stream.fetch_from(actor)
+    actor = reader.remote(store, manifest, "train", order, steps, cache_share)
     try:
-        for index in (0, 1, 2, 1, 6, 7, 3):
-            assert fetch(index).equals(expected(index))
+        yield stream.fetch_from(actor)
     finally:
         ray.kill(actor)
 
 
 @pytest.mark.cluster
-def test_what_was_read_once_comes_from_memory(cluster: object) -> None:
-    import ray
+def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: object) -> None:
+    store = connect(f"{cluster.root}/test-stream")  # type: ignore[attr-defined]
+    manifest = store_images(store, ROWS)
+    order = Order(stream.plan(manifest, "train", 64, 1).part_rows, 64, 2, 1)
+    expected = make_fetch(store, manifest, order)
+    with run_reader(store, manifest, order, 4 * order.chunks_per_epoch) as fetch:
+        for index in (0, 1, 2, 1, 6, 7, 3):
+            assert fetch(index).equals(expected(index))
 
+
+@pytest.mark.cluster
+def test_what_was_read_once_comes_from_memory(cluster: object) -> None:
     store = connect(f"{cluster.root}/test-stream-kept")  # type: ignore[attr-defined]
     manifest = store_images(store, ROWS)
     order = Order(stream.plan(manifest, "train", 64, 1).part_rows, 64, 2, 1)
     expected = make_fetch(store, manifest, order)
-    chunks = [expected(index) for index in range(3 * order.chunks_per_epoch)]
-    ray.init(ignore_reinit_error=True)
-    reader = ray.remote(stream.ChunkReader).options(num_cpus=0)
-    actor = reader.remote(store, manifest, "train", order, 3 * order.steps_per_epoch, 0.1)
-    fetch = stream.fetch_from(actor)
-    try:
+    # More than a pipeline may have read ahead when the bucket is emptied.
+    chunks = [expected(index) for index in range(stream.CHUNKS_PER_PIPELINE + 8)]
+    with run_reader(store, manifest, order, len(chunks), SHARE) as fetch:
         for index, chunk in enumerate(chunks):
             if index == order.chunks_per_epoch:
                 for shard in manifest.shards:
                     store.delete(shard.key)
             assert fetch(index).equals(chunk)
-    finally:
-        ray.kill(actor)
 
 
 @pytest.mark.cluster
