@@ -96,6 +96,7 @@ class Replica:
         from heliostat.serve.gate import Gate
         from heliostat.serve.identity import Identity
         from heliostat.serve.office import Line
+        from heliostat.serve.presence import Presence
         from heliostat.serve.repeats import Repeats
         from heliostat.serve.scores import Reporter, find_board
 
@@ -118,7 +119,8 @@ class Replica:
         app = Repeats(self._fork, line, find_limits(plan))
         gate = Gate(app, ring.find if plan.auth else None, Desk(line.send))
         self._load = Load(gate) if plan.scales else None
-        return Identity(self._load or gate)
+        leave_clients_alone()
+        return Presence(Identity(self._load or gate))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve asks a replica for that is one of a changing number."""
@@ -158,6 +160,16 @@ class Contender:
     async def answer(self, call: Call) -> AsyncGenerator[Message]:
         async for message in replay(self._api, call):
             yield message
+
+
+def leave_clients_alone() -> None:
+    """Serve listens beside each request whether its client has left, unless a header of the client
+    says not to. That takes a tenth of a request's time, and `Presence` does it for less.
+    """
+    from ray.serve._private import replica
+
+    assert replica.parse_disconnect_disabled_header
+    replica.parse_disconnect_disabled_header = lambda headers: True
 
 
 def name_candidate(name: str) -> str:

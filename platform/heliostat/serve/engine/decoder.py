@@ -54,7 +54,7 @@ class Decoder:
             self.head = network.embed.weight.shape[1] // self.heads
             self.embed_VD = network.embed.weight.float()
             head = network.head
-            self.head_DV = (self.embed_VD if head is None else head.weight.float()).T
+            self.head_DV = _turn(self.embed_VD if head is None else head.weight)
             self.norm = network.norm.weight.float()
             self.eps = network.norm.eps
             self.layers = [self._lay_out(layer) for layer in network.layers]
@@ -174,8 +174,13 @@ class Decoder:
         pairs = halves.transpose(1, 2).reshape(rotated, -1)
         gate_up_FD = layer.ffn.gate_up.weight.float() * layer.ffn_norm.weight.float()
         return Weights(
-            torch.cat([pairs, qkv_ED[rotated:]]).T,
-            layer.attention.out.weight.float().T,
-            gate_up_FD.T,
-            layer.ffn.down.weight.float().T,
+            _turn(torch.cat([pairs, qkv_ED[rotated:]])),
+            _turn(layer.attention.out.weight),
+            _turn(gate_up_FD),
+            _turn(layer.ffn.down.weight),
         )
+
+
+def _turn(weight: Tensor) -> Tensor:
+    """Transposed in memory, too: products of a few rows are twice as fast."""
+    return weight.float().T.contiguous()
