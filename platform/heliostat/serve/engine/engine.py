@@ -4,6 +4,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from heliostat.serve.engine.ask import Ask
 from heliostat.serve.engine.decoder import Decoder
 from heliostat.serve.engine.sampler import Token, choose
@@ -44,14 +46,11 @@ class Engine:
         running = begun or self.scheduler.running.copy()
         if not running:
             return []
-        if begun:
-            first = len(self.scheduler.running) - len(begun)
-            logits_NV = self.decoder.prefill(first, [stream.ask.prompt for stream in begun])
-        else:
-            tokens = [stream.made[-1] for stream in running]
-            logits_NV = self.decoder.decode(tokens, [stream.cached for stream in running])
+        rows = sum(len(stream.ask.prompt) for stream in begun) or len(running)
+        with self.decoder.threads(rows):
+            tokens = choose(self._compute(begun, running), running)
         made = []
-        for stream, token in zip(running, choose(logits_NV, running), strict=True):
+        for stream, token in zip(running, tokens, strict=True):
             stream.made.append(token.id)
             made.append(Made(stream, token, stream.finish))
         self._move(self.scheduler.end([one.stream for one in made if one.finish]))
@@ -69,6 +68,14 @@ class Engine:
         while not all(stream.finish for stream in streams):
             self.step()
         return [stream.made for stream in streams]
+
+    def _compute(self, begun: Sequence[Stream], running: Sequence[Stream]) -> Tensor:
+        """Logits (N, V): of those that have begun after their prompts, else of all that run."""
+        if begun:
+            first = len(self.scheduler.running) - len(begun)
+            return self.decoder.prefill(first, [stream.ask.prompt for stream in begun])
+        tokens = [stream.made[-1] for stream in running]
+        return self.decoder.decode(tokens, [stream.cached for stream in running])
 
     def _move(self, moves: Iterable[Move]) -> None:
         for move in moves:
