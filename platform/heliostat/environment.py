@@ -71,6 +71,7 @@ TUNED = (
 TRAIN = (
     Setting("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5", "what the end of a run waits for"),
     Setting("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20", "then sized anew by what is there now"),
+    Setting("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0", "a process more; workers look themselves"),
     Setting("RAY_TRAIN_ENABLE_PRINT_PATCH", "0", "a worker's line appears once in the job's log"),
 )
 # For every process of a laptop's cluster, drivers included; with it Ray keeps to 127.0.0.1 as it

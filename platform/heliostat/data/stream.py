@@ -114,7 +114,7 @@ class ChunkReader:
         self._spans = _spans(manifest, split)
         self._bundles: Iterator[Any] = iter(())
         self._kept: dict[int, list[ray.ObjectRef]] = {}
-        self._next = 0
+        self._next = -1  # the first one is a start as well
         context = ray.data.DataContext.get_current()
         configure(context)
         context.target_max_block_size = None
@@ -126,53 +126,65 @@ class ChunkReader:
         if index not in self._kept:
             if index != self._next:
                 self._start(index)
-            self._advance()
+            elif self._cache.is_whole:
+                self._keep(self._gather())
+            else:
+                self._keep(self._take())
         return self._kept[index]
 
     def _start(self, index: int) -> None:
-        # Alone, as it is waited for: what comes after it does not compete with workers that start.
-        self._bundles, self._next = self._read(index, 1), index
+        """Go on at `index`, which is read here: a pipeline takes longer to begin, and its processes
+        would compete with workers that start.
+        """
+        self._bundles, self._next = iter(()), index
         self._kept.clear()
         self._cache.clear()  # a node may have gone with some of it
+        table = _told(lambda: _read_chunk(self._store, self._spans, self._order, index))
+        block = ray.put(table)
+        self._cache.add(index, block, table.nbytes)
+        self._keep(block)
 
-    def _advance(self) -> None:
-        self._kept[self._next] = self._gather() if self._cache.is_whole else self._take()
+    def _keep(self, block: ray.ObjectRef) -> None:
+        self._kept[self._next] = [block]
         self._kept.pop(self._next - CHUNKS_KEPT, None)
         self._next += 1
 
-    def _take(self) -> list[ray.ObjectRef]:
+    def _take(self) -> ray.ObjectRef:
         """The next chunk of the pipeline."""
         bundle = next(self._bundles, None)
         if bundle is None:
-            self._bundles = self._read(self._next, CHUNKS_PER_PIPELINE)
+            self._bundles = self._read(self._next)
             bundle = next(self._bundles)
         (block,) = bundle.block_refs
         self._cache.add(self._next, block, bundle.size_bytes())
-        return [block]
+        return block
 
-    def _gather(self) -> list[ray.ObjectRef]:
+    def _gather(self) -> ray.ObjectRef:
         """The next chunk, made of those that are in memory."""
         self._bundles = iter(())
         sources = self._cache.find(self._next)
         chunks, blocks = zip(*((one.chunk, one.block) for one in sources), strict=True)
-        return [self._gather_task.remote(self._order, self._next, chunks, *blocks)]
+        return self._gather_task.remote(self._order, self._next, chunks, *blocks)
 
-    def _read(self, first: int, most: int) -> Iterator[Any]:
+    def _read(self, first: int) -> Iterator[Any]:
         store, order, spans = self._store, self._order, self._spans
-        count = min(most, self._stop - first)
-
-        def read_chunk(chunk: Chunk) -> pa.Table:
-            with ThreadPoolExecutor(PARALLEL_READS) as threads:
-                tables = list(threads.map(lambda part: read_span(store, spans[part]), chunk.parts))
-            return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
+        count = min(CHUNKS_PER_PIPELINE, self._stop - first)
 
         def read(rows: pa.Table) -> pa.Table:
-            return _told(lambda: read_chunk(order.chunk(first + rows["id"][0].as_py())))
+            index = first + rows["id"][0].as_py()
+            return _told(lambda: _read_chunk(store, spans, order, index))
 
         dataset = ray.data.range(count, override_num_blocks=count).map_batches(
             read, batch_size=None, batch_format="pyarrow"
         )
         return iter(dataset.iter_internal_ref_bundles())
+
+
+def _read_chunk(store: Store, spans: list[Span], order: Order, index: int) -> pa.Table:
+    chunk = order.chunk(index)
+    with ThreadPoolExecutor(PARALLEL_READS) as threads:
+        tables = list(threads.map(lambda part: read_span(store, spans[part]), chunk.parts))
+    return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
 
 
 def _gather(order: Order, index: int, sources: tuple[Chunk, ...], *blocks: pa.Table) -> pa.Table:

@@ -1,7 +1,10 @@
 """One worker of a run as Ray Train starts it: its process group, its place, and what ends it."""
 
 import os
+import threading
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 
 import ray
 import ray.train
@@ -21,6 +24,7 @@ from heliostat.train.rank import Place, train_rank
 
 # Of 19, the last in the line for a core; Ray starts its workers, replicas too, with 15.
 NICENESS = 19
+NOTICE_SECONDS = 1.0
 
 
 def work(job: Job) -> None:
@@ -37,7 +41,7 @@ def work(job: Job) -> None:
         device,
         context.get_local_world_size(),
         stream.fetch_from(ray.get_actor(job.reader)),
-        _is_preempted,
+        _watch_for_notice(),
         [Gauges(job.run)] if ranks.rank == 0 else [],
     )
     # Said once by every worker of a network with one input channel; it costs nothing here.
@@ -76,11 +80,19 @@ def _join(ranks: Ranks, device: torch.device) -> None:
     )
 
 
-def _is_preempted() -> bool:
-    """Whether Ray has told this worker that a node of the run will be taken away.
+def _watch_for_notice() -> Callable[[], bool]:
+    """Whether the node of this worker will be taken away, as a thread finds out.
 
-    Read where Ray keeps it, because `ray.train.get_preemption_info` is a barrier over all workers.
+    Ray Train has an actor for it, which every worker waits for until it has started.
     """
-    from ray.train.v2._internal.execution.context import get_train_context
+    noticed = threading.Event()
+    node = ray.get_runtime_context().get_node_id()
 
-    return get_train_context().preemption_context.preemption_info is not None
+    def watch() -> None:
+        while not noticed.wait(NOTICE_SECONDS):
+            with suppress(Exception):  # Ray's control store is away for a while: ask again
+                if node in ray._private.state.state.get_draining_nodes():
+                    noticed.set()
+
+    threading.Thread(target=watch, name="notice", daemon=True).start()
+    return noticed.is_set

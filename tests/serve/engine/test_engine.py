@@ -1,6 +1,7 @@
 """The engine's tokens are the model's own, whoever shares the batch, comes or leaves."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from heliostat import export
 from heliostat.serve.engine.ask import Ask, Sampling
-from heliostat.serve.engine.engine import Engine
-from heliostat.serve.engine.scheduler import Stream
+from heliostat.serve.engine.engine import TURN_SECONDS, Engine
+from heliostat.serve.engine.scheduler import PREFILL_TOKENS, Stream
 from writing import BLOCKS, LENGTH, NETWORKS, SPECS, TOKENIZER, VOCAB, make_engine
 
 GREEDY = Sampling(temperature=0)
@@ -109,6 +110,23 @@ def test_one_that_leaves_is_gone_after_one_step() -> None:
     streams[2].left = True  # it may still wait
     run_until(engine, streams[1], 30)
     assert engine.idle
+
+
+def test_prompts_hold_up_those_that_run_for_a_turn_at_most() -> None:
+    ticks = itertools.count()
+    engine = make_engine(slots=16)
+    engine._clock = lambda: next(ticks) * TURN_SECONDS / 3  # a tick for each step
+    running = Stream(Ask((5,), 6, frozenset(), GREEDY))
+    engine.submit([running])
+    engine.step()
+    prompt = tuple(range(1, PREFILL_TOKENS // 2 + 2))  # two of them do not fit one step
+    others = [Stream(Ask(prompt, 9, frozenset(), GREEDY)) for _ in range(9)]
+    engine.submit(others)
+    read = []
+    for tokens in range(2, 6):
+        run_until(engine, running, tokens)
+        read.append(sum(bool(one.made) for one in others))
+    assert read == [2, 5, 8, 9]
 
 
 def test_an_end_is_the_last_token_and_the_length_is_a_bound() -> None:

@@ -1,7 +1,8 @@
 """Continuous batching, a step at a time: streams come and go between two steps."""
 
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +11,8 @@ from heliostat.serve.engine.ask import Ask
 from heliostat.serve.engine.decoder import Decoder
 from heliostat.serve.engine.sampler import Token, choose
 from heliostat.serve.engine.scheduler import Move, Scheduler, Stream
+
+TURN_SECONDS = 0.05  # for which prompts are read before those that run go on; a step longer at most
 
 
 class Made(NamedTuple):
@@ -23,10 +26,15 @@ class Made(NamedTuple):
 class Engine:
     """One thread steps; others may submit streams, and let them leave, at any time."""
 
-    def __init__(self, decoder: Decoder, scheduler: Scheduler) -> None:
-        self.decoder, self.scheduler = decoder, scheduler
+    def __init__(
+        self,
+        decoder: Decoder,
+        scheduler: Scheduler,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.decoder, self.scheduler, self._clock = decoder, scheduler, clock
         self._lock = threading.Lock()  # of the queue of those that wait
-        self._has_read = False
+        self._turn_began: float | None = None
 
     @property
     def idle(self) -> bool:
@@ -41,8 +49,7 @@ class Engine:
         """Read the prompts that begin, or give a token to each stream that runs: in turns."""
         with self._lock:
             self._move(self.scheduler.sweep())
-            begun = [] if self._has_read else self.scheduler.admit()
-        self._has_read = bool(begun)
+            begun = self._begin()
         running = begun or self.scheduler.running.copy()
         if not running:
             return []
@@ -55,6 +62,14 @@ class Engine:
             made.append(Made(stream, token, stream.finish))
         self._move(self.scheduler.end([one.stream for one in made if one.finish]))
         return made
+
+    def _begin(self) -> list[Stream]:
+        """Those whose prompts are read now: the turn of all others comes after TURN_SECONDS."""
+        now = self._clock()
+        since = now if self._turn_began is None else self._turn_began
+        begun = self.scheduler.admit() if now - since < TURN_SECONDS else []
+        self._turn_began = since if begun else None
+        return begun
 
     def clear(self) -> list[Stream]:
         """Forget all streams, after a step that failed; returns who they were."""

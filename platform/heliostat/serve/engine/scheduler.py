@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from heliostat.serve.engine.ask import Ask
 
-PREFILL_TOKENS = 256  # of the prompts that begin in one step: few, so that the first need not wait
+PREFILL_TOKENS = 64  # of the prompts that begin in one step: few, so that the first need not wait
 
 
 class Full(Exception):
