@@ -1,5 +1,6 @@
 """A data set as batches: Ray Data reads and verifies spans of rows in the order of `order`."""
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -115,22 +116,31 @@ class ChunkReader:
         self._bundles: Iterator[Any] = iter(())
         self._kept: dict[int, list[ray.ObjectRef]] = {}
         self._next = -1  # the first one is a start as well
+        self._turn = asyncio.Lock()
         context = ray.data.DataContext.get_current()
         configure(context)
         context.target_max_block_size = None
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [Breather]
 
-    def chunk(self, index: int) -> list[ray.ObjectRef]:
-        """References to the blocks of chunk `index`, its rows in the order of the epoch."""
+    async def chunk(self, index: int) -> list[ray.ObjectRef]:
+        """References to the blocks of chunk `index`, its rows in the order of the epoch.
+
+        Who asks for one that is there does not wait for those who ask for the next one.
+        """
         if index not in self._kept:
-            if index != self._next:
-                self._start(index)
-            elif self._cache.is_whole:
-                self._keep(self._gather())
-            else:
-                self._keep(self._take())
+            async with self._turn:
+                if index not in self._kept:
+                    await asyncio.to_thread(self._advance, index)
         return self._kept[index]
+
+    def _advance(self, index: int) -> None:
+        if index != self._next:
+            self._start(index)
+        elif self._cache.is_whole:
+            self._keep(self._gather())
+        else:
+            self._keep(self._take())
 
     def _start(self, index: int) -> None:
         """Go on at `index`, which is read here: a pipeline takes longer to begin, and its processes
