@@ -1,5 +1,6 @@
 """What the ranks of a run get: every row once an epoch, the same batches for any count."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,6 +151,37 @@ def test_what_was_read_once_comes_from_memory(cluster: object) -> None:
                 for shard in manifest.shards:
                     store.delete(shard.key)
             assert fetch(index).equals(chunk)
+
+
+@pytest.mark.cluster
+def test_a_chunk_that_is_there_is_not_waited_for(cluster: object) -> None:
+    import ray
+
+    ray.init(ignore_reinit_error=True)
+    store = connect(f"{cluster.root}/test-stream")  # type: ignore[attr-defined]
+    manifest = store_images(store, ROWS)
+    order = Order(stream.plan(manifest, "train", 64, 1).part_rows, 64, 2, 1)
+    entered, released = asyncio.Event(), threading.Event()
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+
+        class Slow(stream.ChunkReader):
+            def _take(self) -> ray.ObjectRef:
+                loop.call_soon_threadsafe(entered.set)
+                assert released.wait(60)
+                return super()._take()
+
+        reader = Slow(store, manifest, "train", order, order.steps_per_epoch)
+        first = await reader.chunk(0)
+        second = asyncio.create_task(reader.chunk(1))
+        await entered.wait()
+        async with asyncio.timeout(60):
+            assert await reader.chunk(0) == first
+        released.set()
+        assert await second != first
+
+    asyncio.run(ask())
 
 
 @pytest.mark.cluster

@@ -193,6 +193,8 @@ class Gate:
             raise
         finally:
             seconds = self._clock() - began
+            if visit.status == 404:
+                visit.model = ""  # anybody can ask for names; usage lists models
             self._desk.record(key, render_record(visit, self._wall() - seconds, seconds))
 
     def _identify(self, find: Callable[[str], Key | None], scope: Scope) -> Key:

@@ -77,6 +77,6 @@ class _Watch:
             self._leaving.add_done_callback(self._cancel)
 
     def _cancel(self, leaving: "asyncio.Future[Message]") -> None:
-        if not leaving.cancelled():
+        if not leaving.cancelled() and not leaving.exception():
             self.has_left = True
             self._request.cancel()
