@@ -114,14 +114,12 @@ def test_a_killed_proxy_costs_what_is_inside_it(
             assert killed
             for process in killed:
                 process.kill()
-            began, before = time.monotonic(), answered.total()
-            wait_until(lambda: not answers(direct))
+            began = time.monotonic()
             wait_until(lambda: answers(direct))
             away.append(time.monotonic() - began)
-            assert answered.total() > before  # the spare proxy answered meanwhile
     tell("G-5", f"Serve's proxy away for {', '.join(f'{s:.1f}' for s in away)} s", answered)
     assert count_failed(answered) <= PROXY_KILLS * CLIENTS, answered
-    assert max(away) < 20
+    assert max(away) < 6
 
 
 def test_a_killed_keeper_of_the_proxy_costs_what_is_inside_and_leaves_no_stale_one(

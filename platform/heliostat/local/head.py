@@ -23,12 +23,14 @@ from heliostat.local.home import Home, State, write_private
 
 NAME = "ray"
 READY_SECONDS = 180.0
+STAND_IN_SECONDS = 60
 # Without a buffer, so that the last line of the log is the last thing that was said.
 PYTHON = [sys.executable, "-u", "-P", "-m"]
 # How Serve's HAProxy is started. Serve binds its statistics to every address and has no setting for
 # that. At first it knows no replicas, would answer 404, and takes clients only once Serve starts it
-# anew with what it knows (-sf). One whose keeper was killed answers until then, and goes. A line
-# for each request would go to the port of a syslog that nobody runs.
+# anew with what it knows (-sf). One whose keeper was killed answers until then, and goes. For one
+# that is killed itself another stands in at once: its keeper would take many seconds. A line for
+# each request would go to the port of a syslog that nobody runs.
 START = """#!/bin/sh
 for word; do
     case $word in
@@ -43,6 +45,14 @@ for pid in $(cat "$config.pids" 2> /dev/null); do
 done
 if [ $knows ]; then
     set -- "$@" -sf $before
+    {{
+        tail -s 0.2 --pid=$$ -f /dev/null
+        [ "$(sed 's/.* //' "$config.pids")" = $$ ] || exit
+        {program} -db -f "$config" &
+        echo $! > "$config.pids"
+        sleep {stand_in_seconds}
+        kill -USR1 $!
+    }} > /dev/null 2>&1 &
 else
     sed -i "/^frontend http_frontend/,/ bind /s/bind .*/bind abns@idle-$$/" "$config"
 fi
@@ -72,7 +82,9 @@ def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[st
 def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Run `ray start --head`, which ends when the node is registered."""
     closed = _closed_haproxy(state)
-    write_private(closed, START.format(program=shlex.quote(find_haproxy())))
+    write_private(
+        closed, START.format(program=shlex.quote(find_haproxy()), stand_in_seconds=STAND_IN_SECONDS)
+    )
     closed.chmod(0o700)
     options = {
         "port": state.ports.gcs,
