@@ -18,7 +18,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from heliostat.data.cache import Cache, gather
 from heliostat.data.manifest import Manifest
-from heliostat.data.order import Chunk, Order, share
+from heliostat.data.order import Order, share
 from heliostat.data.shards import (
     WEIGHT,
     Span,
@@ -111,7 +111,6 @@ class ChunkReader:
         self._stop = order.end_chunk(steps)
         memory = ray.cluster_resources().get("object_store_memory", 0)
         self._cache = Cache(order, cache_share * memory)
-        self._gather_task = ray.remote(_gather).options(num_cpus=0)
         self._spans = _spans(manifest, split)
         self._bundles: Iterator[Any] = iter(())
         self._kept: dict[int, list[ray.ObjectRef]] = {}
@@ -173,8 +172,8 @@ class ChunkReader:
         """The next chunk, made of those that are in memory."""
         self._bundles = iter(())
         sources = self._cache.find(self._next)
-        chunks, blocks = zip(*((one.chunk, one.block) for one in sources), strict=True)
-        return self._gather_task.remote(self._order, self._next, chunks, *blocks)
+        blocks = [_checked(block) for block in ray.get([one.block for one in sources])]
+        return ray.put(gather(self._order, self._next, [one.chunk for one in sources], blocks))
 
     def _read(self, first: int) -> Iterator[Any]:
         store, order, spans = self._store, self._order, self._spans
@@ -195,10 +194,6 @@ def _read_chunk(store: Store, spans: list[Span], order: Order, index: int) -> pa
     with ThreadPoolExecutor(PARALLEL_READS) as threads:
         tables = list(threads.map(lambda part: read_span(store, spans[part]), chunk.parts))
     return pa.concat_tables(tables).take(order.permute(chunk)).combine_chunks()
-
-
-def _gather(order: Order, index: int, sources: tuple[Chunk, ...], *blocks: pa.Table) -> pa.Table:
-    return _told(lambda: gather(order, index, sources, [_checked(block) for block in blocks]))
 
 
 class Breather(ExecutionCallback):  # type: ignore[misc]  # Ray has no types
