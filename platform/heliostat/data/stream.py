@@ -172,8 +172,13 @@ class ChunkReader:
         """The next chunk, made of those that are in memory."""
         self._bundles = iter(())
         sources = self._cache.find(self._next)
-        blocks = [_checked(block) for block in ray.get([one.block for one in sources])]
-        return ray.put(gather(self._order, self._next, [one.chunk for one in sources], blocks))
+        blocks = ray.get([one.block for one in sources])
+
+        def make() -> pa.Table:
+            chunks = [one.chunk for one in sources]
+            return gather(self._order, self._next, chunks, [_checked(block) for block in blocks])
+
+        return ray.put(_told(make))
 
     def _read(self, first: int) -> Iterator[Any]:
         store, order, spans = self._store, self._order, self._spans
