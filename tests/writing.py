@@ -1,6 +1,8 @@
 """Small language models with their tokenizer, as the engine and the protocol serve them."""
 
 import os
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import safetensors.torch
@@ -61,10 +63,14 @@ NETWORKS = {name: build_loud(spec) for name, spec in SPECS.items()}
 
 
 def make_engine(
-    name: str = "tied", slots: int = 4, context: int = LENGTH, max_waiting: int = 64
+    name: str = "tied",
+    slots: int = 4,
+    context: int = LENGTH,
+    max_waiting: int = 64,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
     decoder = Decoder(NETWORKS[name], slots, context)
-    return Engine(decoder, Scheduler(slots, context, max_waiting))
+    return Engine(decoder, Scheduler(slots, context, max_waiting), clock)
 
 
 def make_language(

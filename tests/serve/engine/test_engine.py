@@ -114,8 +114,7 @@ def test_one_that_leaves_is_gone_after_one_step() -> None:
 
 def test_prompts_hold_up_those_that_run_for_a_turn_at_most() -> None:
     ticks = itertools.count()
-    engine = make_engine(slots=16)
-    engine._clock = lambda: next(ticks) * TURN_SECONDS / 3  # a tick for each step
+    engine = make_engine(slots=16, clock=lambda: next(ticks) * TURN_SECONDS / 3)  # a tick a step
     running = Stream(Ask((5,), 6, frozenset(), GREEDY))
     engine.submit([running])
     engine.step()
