@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 from ray.data.context import DataContext, ShuffleStrategy
+from ray.exceptions import OutOfDiskError
 
 from heliostat.data import images, series, tables, text
 from heliostat.data.manifest import Shard, data_key, holds
@@ -84,14 +85,28 @@ def quiet_ray_data() -> Iterator[None]:
 
     The default shuffle may cut a range in two and starts new processes for every sort: 10 s where
     this one takes 1.
+
+    Raises:
+        HeliostatError: what does not fit the object stores does not fit a node's disk either.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    with DataContext.current(context):
-        yield
+    try:
+        with DataContext.current(context):
+            yield
+    except OutOfDiskError as error:
+        raise HeliostatError(
+            f"the disk of {_find_node(error)} is full, to which Ray moves what does not fit its "
+            "object store: free space there, or use nodes with more memory or larger disks"
+        ) from error
+
+
+def _find_node(error: Exception) -> str:
+    address = getattr(error, "ip", None)
+    return f"the node {address}" if address else "a node"
 
 
 def _from_units(units: list[Unit]) -> ray.data.Dataset:
