@@ -1,4 +1,4 @@
-"""More data than an object store takes: it goes to the disk, and if that is full, a sentence comes."""
+"""More data than an object store takes: it goes to the disk; if that is full, a sentence comes."""
 
 import os
 import subprocess

@@ -1,10 +1,14 @@
 """CSV and Parquet: columns by their content, every row once, what cannot be used by name."""
 
+import contextlib
 import datetime
 import gzip
 import io
+import os
+import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +38,43 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
 def bad_rows(rows: pa.Table) -> dict[str, str]:
     problems = zip(rows["id"].to_pylist(), rows["problem"].to_pylist(), strict=True)
     return {row: problem for row, problem in problems if problem}
+
+
+class Hostile:
+    """Unpickled, it makes the folder `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "extension", ["arrow.py_extension_type", "ray.data.arrow_pickled_object", "unheard.of"]
+)
+@pytest.mark.parametrize("place", ["of the type", "of the values"])
+def test_no_code_in_a_parquet_file_runs(
+    read: Read, tmp_path: Path, extension: str, place: str
+) -> None:
+    import ray.data  # registers types of its own, values of one of which are pickled
+
+    assert ray.data
+    canary, code = tmp_path / "canary", pickle.dumps(Hostile(tmp_path / "canary"))
+    metadata = {
+        "ARROW:extension:name": extension,
+        "ARROW:extension:metadata": code if place == "of the type" else b"",
+    }
+    field = pa.field("a", pa.large_binary(), metadata=metadata)
+    schema = pa.schema([field, pa.field("n", pa.int64()), pa.field("y", pa.string())])
+    hostile = pa.table([[code, code], [1, 2], ["p", "q"]], schema=schema)
+    file = io.BytesIO()
+    pq.write_table(hostile, file)
+    with contextlib.suppress(HeliostatError):
+        read({"t.parquet": file.getvalue()}, label="y")
+    assert not canary.exists()
+    pickle.loads(code)  # noqa: S301  our own, to see that it would have worked
+    assert canary.exists()
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
