@@ -131,6 +131,8 @@ def test_requests_give_the_columns_of_the_shards() -> None:
         (TABLE, [{"hours": 1e200}], "instances[0].hours"),
         (TABLE, [{"hours": True}], "instances[0].hours"),
         (TABLE, [{"hours": 10**5000}], "instances[0].hours"),
+        (TABLE, [{"age": [], "hours": []}], "instances[0].age"),
+        (TABLE, [{"age": [1], "hours": [2]}], "instances[0].age"),
         (TABLE, [{"hours": 1, "town": 5}], "instances[0].town"),
         (TABLE, [{"hours": 1, "city": "Ulm"}], "instances[0].city"),
     ],

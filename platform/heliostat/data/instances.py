@@ -243,7 +243,7 @@ def _parse_numbers(features: TableFeatures, rows: list[dict[str, object]]) -> ND
     """(rows, columns) with NaN where missing."""
     values: list[list[Any]] = [list(map(row.get, features.numeric_names)) for row in rows]
     numbers = read_numbers(values, NUMBERS_OR_NULL)
-    if numbers is None or (abs(numbers) > MAX_NUMBER).any():
+    if numbers is None or numbers.ndim > 2 or (abs(numbers) > MAX_NUMBER).any():
         kept = [[value if is_number(value) else math.nan for value in row] for row in values]
         numbers = np.array(kept, np.float64)
     for index, place in np.argwhere(np.isnan(numbers)):
