@@ -379,7 +379,8 @@ def test_serves_proxy_takes_clients_once_it_knows_replicas_and_a_stray_one_goes_
     """As Serve starts it: anew without `-sf`, and with it once there is something to know."""
     port = machine.pick_ports(1)[0]
     script, config = tmp_path / "start", tmp_path / "haproxy.cfg"
-    script.write_text(head.START.format(program=find_haproxy()))
+    script.write_text(head.render_start(find_haproxy()))
+    pids = Path(f"{config}.pids")
     script.chmod(0o700)
     running: list[subprocess.Popen[bytes]] = []
 
@@ -412,10 +413,28 @@ def test_serves_proxy_takes_clients_once_it_knows_replicas_and_a_stray_one_goes_
         assert (second.wait(10), third.wait(10)) == (0, 0)
         assert fourth.poll() is None
         assert listens()
+        fourth.kill()
+        fourth.wait()
+        wait_until(listens)
+        stand_in = psutil.Process(int(pids.read_text()))
+        assert stand_in.pid != fourth.pid
+        fifth = start()
+        wait_until(lambda: idles(fifth))
+        assert listens()
+        sixth = start("-sf", str(fifth.pid))
+        assert fifth.wait(10) == 0
+        wait_until(lambda: not is_alive(stand_in))
+        assert sixth.poll() is None
+        assert listens()
     finally:
+        pids.unlink(missing_ok=True)  # for whom there is none nobody stands in
         for process in running:
             process.kill()
             process.wait()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 PROXY = """defaults

@@ -61,6 +61,11 @@ exec {program} "$@"
 """
 
 
+def render_start(program: str) -> str:
+    """The script that starts the HAProxy `program` for Serve."""
+    return START.format(program=shlex.quote(program), stand_in_seconds=STAND_IN_SECONDS)
+
+
 def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[str, str]:
     """The environment of every Ray process; jobs, workers and replicas inherit `credentials`.
 
@@ -82,9 +87,7 @@ def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[st
 def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Run `ray start --head`, which ends when the node is registered."""
     closed = _closed_haproxy(state)
-    write_private(
-        closed, START.format(program=shlex.quote(find_haproxy()), stand_in_seconds=STAND_IN_SECONDS)
-    )
+    write_private(closed, render_start(find_haproxy()))
     closed.chmod(0o700)
     options = {
         "port": state.ports.gcs,
