@@ -119,7 +119,7 @@ class Replica:
         app = Repeats(self._fork, line, find_limits(plan))
         gate = Gate(app, ring.find if plan.auth else None, Desk(line.send))
         self._load = Load(gate) if plan.scales else None
-        leave_clients_alone()
+        stop_serves_watch()
         return Presence(Identity(self._load or gate))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -162,9 +162,9 @@ class Contender:
             yield message
 
 
-def leave_clients_alone() -> None:
-    """Serve listens beside each request whether its client has left, unless a header of the client
-    says not to. That takes a tenth of a request's time, and `Presence` does it for less.
+def stop_serves_watch() -> None:
+    """Serve watches in a task beside each request whether the client leaves, unless a header of the
+    client says not to. `Presence` does that for less, and for everybody.
     """
     from ray.serve._private import replica
 
