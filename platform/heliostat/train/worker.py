@@ -83,7 +83,7 @@ def _join(ranks: Ranks, device: torch.device) -> None:
 def _watch_for_notice() -> Callable[[], bool]:
     """Whether the node of this worker will be taken away, as a thread finds out.
 
-    Ray Train has an actor for it, which every worker waits for until it has started.
+    Ray Train has an actor for it, a process more that starts just when the workers do.
     """
     noticed = threading.Event()
     node = ray.get_runtime_context().get_node_id()

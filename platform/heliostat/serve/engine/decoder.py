@@ -95,7 +95,7 @@ def lay_out(network: Gpt, context: int) -> Model:
     assert eps is not None
     return Model(
         embed=embed_VD,
-        layers=[lay_out_layer(layer) for layer in network.layers],
+        layers=[lay_out_layer(layer, width) for layer in network.layers],
         norm=network.norm.weight.float(),
         head=_turn(embed_VD if network.head is None else network.head.weight),
         rope=torch.complex(cos_LC[:, :half], sin_LC[:, :half]).unsqueeze(1),
@@ -107,7 +107,7 @@ def lay_out(network: Gpt, context: int) -> Model:
     )
 
 
-def lay_out_layer(layer: nn.Module) -> Layer:
+def lay_out_layer(layer: nn.Module, width: int) -> Layer:
     """Folded and transposed; the rows of queries and keys so that turned pairs are neighbours.
 
     A product of a query and a key does not change when both are permuted alike.
@@ -115,7 +115,6 @@ def lay_out_layer(layer: nn.Module) -> Layer:
     assert isinstance(layer, GptLayer)
     attention = layer.attention
     qkv_ED = attention.qkv.weight.float() * layer.attention_norm.weight.float()
-    width = attention.out.weight.shape[1] // attention.heads
     rotated = (attention.heads + attention.kv_heads) * width
     halves = qkv_ED[:rotated].view(-1, 2, width // 2, qkv_ED.shape[1])
     pairs = halves.transpose(1, 2).reshape(rotated, -1)
