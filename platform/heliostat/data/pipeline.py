@@ -99,14 +99,9 @@ def quiet_ray_data() -> Iterator[None]:
             yield
     except OutOfDiskError as error:
         raise HeliostatError(
-            f"the disk of {_find_node(error)} is full, to which Ray moves what does not fit its "
-            "object store: free space there, or use nodes with more memory or larger disks"
+            "the disk of a node is full, to which Ray moves what does not fit its object store: "
+            "free space there, or use nodes with more memory or larger disks"
         ) from error
-
-
-def _find_node(error: Exception) -> str:
-    address = getattr(error, "ip", None)
-    return f"the node {address}" if address else "a node"
 
 
 def _from_units(units: list[Unit]) -> ray.data.Dataset:
