@@ -26,7 +26,7 @@ from heliostat.data.features import (
     TableFeatures,
     TextFeatures,
 )
-from heliostat.data.nested import NUMBERS_OR_NULL, are_pixels, read_numbers, scan_numbers
+from heliostat.data.nested import NUMBERS_OR_NULL, are_all_pixels, read_numbers, scan_numbers
 from heliostat.data.pixels import BROKEN_IMAGE, decode_image, open_image
 from heliostat.errors import HeliostatError
 
@@ -88,7 +88,7 @@ def scan_images(features: ImageFeatures, text: bytes) -> NDArray[Any] | None:
         return None
     except TypeError:  # not only whole numbers
         exact = np.array(numbers, np.float64)
-        if np.minimum.reduce(exact) < 0 or np.maximum.reduce(exact) > 255:
+        if not are_all_pixels(exact):
             return None
         pixels = exact.astype(np.float32)
     return pixels.reshape(-1, height, width, channels)
@@ -100,7 +100,7 @@ def _parse_images(features: ImageFeatures, instances: list[object]) -> NDArray[A
     if (
         pixels is not None
         and pixels.shape[1:] == ((height, width) if channels == 1 else (height, width, channels))
-        and are_pixels(pixels).all()
+        and are_all_pixels(pixels)
     ):
         return pixels.astype(np.float32).reshape(-1, height, width, channels)
     return _parse_each_image(features, instances)

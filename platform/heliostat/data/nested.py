@@ -77,3 +77,8 @@ def find_first(wrong: NDArray[np.bool_]) -> tuple[int, ...]:
 def are_pixels(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Which values are in 0..255; NaN is not."""
     return (values >= 0) & (values <= 255)
+
+
+def are_all_pixels(values: NDArray[Any]) -> bool:
+    """Whether every value is in 0..255, without an array of answers in between."""
+    return bool(values.size == 0 or (values.min() >= 0 and values.max() <= 255))

@@ -26,7 +26,7 @@ from heliostat.data.features import (
     TextFeatures,
 )
 from heliostat.data.instances import MAX_FLOAT32
-from heliostat.data.nested import are_pixels, find_first
+from heliostat.data.nested import are_all_pixels, are_pixels, find_first
 from heliostat.serve.protocol import MAX_INSTANCES
 from heliostat.serve.replies import Refusal
 from heliostat.serve.tensors import BYTES, Answer, Tensor
@@ -184,7 +184,7 @@ def _image_slots(features: ImageFeatures) -> tuple[Slot, ...]:
 
 def _image_columns(features: ImageFeatures, tensors: dict[str, Tensor]) -> Columns:
     tensor = tensors[IMAGE]
-    if tensor.datatype != "UINT8":
+    if tensor.datatype != "UINT8" and not are_all_pixels(tensor.values):
         _check_values(tensor, are_pixels(tensor.values), "a number in 0..255")
     return {IMAGE: tensor.values}
 

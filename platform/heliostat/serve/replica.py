@@ -99,6 +99,7 @@ class Replica:
         from heliostat.serve.presence import Presence
         from heliostat.serve.repeats import Repeats
         from heliostat.serve.scores import Reporter, find_board
+        from heliostat.serve.wire import install
 
         plan, reporter = self.plan, Reporter()
         line = Line(plan.root)  # to an office that starts while the models are loaded
@@ -120,6 +121,7 @@ class Replica:
         gate = Gate(app, ring.find if plan.auth else None, Desk(line.send))
         self._load = Load(gate) if plan.scales else None
         stop_serves_watch()
+        install()
         return Presence(Identity(self._load or gate))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

@@ -49,8 +49,11 @@ class Refusal(Exception):
         self.headers = headers or RETRY_HEADERS.get(status, {})
 
 
-def reply(content: bytes) -> Response:
-    return Response(content, media_type=JSON_TYPE, headers={REQUEST_ID: find_request_id()})
+def reply(
+    content: bytes, media_type: str = JSON_TYPE, headers: Mapping[str, str] | None = None
+) -> Response:
+    named = {REQUEST_ID: find_request_id(), **(headers or {})}
+    return Response(content, media_type=media_type, headers=named)
 
 
 def fail(

@@ -170,9 +170,10 @@ def _wanted(request: Request) -> tuple[str, int | None]:
 
 
 def _check_encoding(request: Request) -> None:
-    if "content-encoding" in request.headers:
+    headers = request.headers
+    if "content-encoding" in headers:
         raise Refusal(415, "send the body as it is, without content-encoding", "content-encoding")
-    kind = request.headers.get("content-type", BINARY_TYPE).partition(";")[0].strip().lower()
+    kind = headers.get("content-type", BINARY_TYPE).partition(";")[0].strip().lower()
     if kind not in (JSON_TYPE, BINARY_TYPE):
         raise Refusal(415, f"send {JSON_TYPE} or {BINARY_TYPE}")
 
@@ -202,8 +203,6 @@ def _answer(served: Served, question: Question, values: NDArray[np.float32]) -> 
     if question.id is not None:
         document["id"] = question.id
     content, length = render_answer(document, answers)
-    response = reply(content)
-    if length is not None:
-        response.headers["content-type"] = BINARY_TYPE
-        response.headers[HEADER_LENGTH] = str(length)
-    return response
+    if length is None:
+        return reply(content)
+    return reply(content, BINARY_TYPE, {HEADER_LENGTH: str(length)})
