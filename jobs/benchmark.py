@@ -81,16 +81,13 @@ def measure_serve(options: Options) -> dict[str, Any]:
     print(
         f"{'case':<14} {'server':<14} {'requests/s':>10} {'ratio':>6} {'p50, ms':>8} {'p99, ms':>8}"
     )
-    for case, readings in found.items():
-        ours = readings["heliostat"]
-        assert ours is not None
-        for name, reading in readings.items():
-            if reading:
-                speed = reading.requests_per_second
-                ratio = ours.requests_per_second / speed
+    for case, outcomes in found.items():
+        for name, outcome in outcomes.items():
+            if outcome:
+                reading = outcome.reading
                 print(
-                    f"{case:<14} {name:<14} {speed:>10,.0f} {ratio:>6.2f} "
-                    f"{reading.p50_ms:>8.2f} {reading.p99_ms:>8.2f}"
+                    f"{case:<14} {name:<14} {reading.requests_per_second:>10,.0f} "
+                    f"{outcome.ratio:>6.2f} {reading.p50_ms:>8.2f} {reading.p99_ms:>8.2f}"
                 )
     if None in (found["mlp_json"]["litserve"], found["mlp_json"]["bentoml"]):
         print("a peer that is null failed, as said above, or is not installed: `make peers`")
@@ -99,17 +96,17 @@ def measure_serve(options: Options) -> dict[str, Any]:
     def tell(figure: str, digits: int | None = None) -> dict[str, dict[str, float | None]]:
         return {
             case: {
-                name: None if reading is None else round(getattr(reading, figure), digits)
-                for name, reading in readings.items()
+                name: None if outcome is None else round(getattr(outcome.reading, figure), digits)
+                for name, outcome in outcomes.items()
             }
-            for case, readings in found.items()
+            for case, outcomes in found.items()
         }
 
     return {
         "requests_per_second": tell("requests_per_second"),
         "p99_ms": tell("p99_ms", 2),
         "p50_ms_one_connection": {
-            name: round(reading.p50_ms, 3) for name, reading in alone.items() if reading
+            name: round(outcome.reading.p50_ms, 3) for name, outcome in alone.items() if outcome
         },
     }
 

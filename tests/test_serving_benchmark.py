@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from heliostat.benchmark.load import Reading, Request, read_report, render
 from heliostat.benchmark.peers import fastapi_server
 from heliostat.benchmark.questions import Question, ask_binary, ask_fastapi, ask_ours
-from heliostat.benchmark.serve import check_answers, take_median
+from heliostat.benchmark.serve import check_answers, compare, take_median
 from heliostat.benchmark.servers import find_port, run_server
 from heliostat.benchmark.subjects import CLASSES, LENET, MLP, Subject, save_script
 from heliostat.data.features import IMAGE
@@ -106,3 +106,11 @@ def test_the_script_sends_what_is_asked(tmp_path: Path) -> None:
 def test_the_median_is_that_of_each_figure() -> None:
     rounds = [Reading(3, 1, 9), Reading(1, 3, 8), Reading(2, 2, 7)]
     assert take_median(rounds) == Reading(2, 2, 8)
+
+
+def test_a_ratio_is_of_rounds_that_ran_beside_each_other() -> None:
+    """The machine is three times as fast in the second round; theirs alone had a good third one."""
+    ours = [Reading(speed, 1, 1) for speed in (200, 600, 300)]
+    theirs = [Reading(speed, 1, 1) for speed in (100, 300, 300)]
+    assert compare(ours, theirs).ratio == 2
+    assert compare(ours, theirs).reading.requests_per_second == 300

@@ -64,15 +64,26 @@ class Case:
     connections: int = CONNECTIONS
 
 
-def measure(repeats: int, say: Say) -> dict[str, dict[str, Reading | None]]:
-    """The median round of each server by case; None: it is not installed, or failed a request.
+@dataclass(frozen=True)
+class Outcome:
+    """A server's median round; `ratio` is the median of Heliostat's requests/s over its own.
+
+    Both sides of a ratio are of one round: a machine that is faster for a minute is so for both.
+    """
+
+    reading: Reading
+    ratio: float
+
+
+def measure(repeats: int, say: Say) -> dict[str, dict[str, Outcome | None]]:
+    """The outcome of each server by case; None: it is not installed, or failed a request.
 
     Raises:
         HeliostatError: there is no wrk; a server does not start, or answers otherwise than the
             network does offline; a request to Heliostat failed.
     """
     check_program()
-    found: dict[str, dict[str, Reading | None]] = {}
+    found: dict[str, dict[str, Outcome | None]] = {}
     with tempfile.TemporaryDirectory(prefix="heliostat-benchmark-") as directory:
         folder = Path(directory)
         with run_cluster(folder / "home", say) as cluster:
@@ -208,7 +219,7 @@ def check_answers(answers: Mapping[str, NDArray[Any]], expected: NDArray[np.floa
             raise HeliostatError(f"{name} answers {found.round(4)} instead of {expected.round(4)}")
 
 
-def run_rounds(case: Case, groups: Groups, repeats: int, say: Say) -> dict[str, Reading | None]:
+def run_rounds(case: Case, groups: Groups, repeats: int, say: Say) -> dict[str, Outcome | None]:
     """A first, short round that does not count, then `repeats` in turn.
 
     A peer that fails a request says so and is left out. Those that are not asked stand still, all
@@ -233,7 +244,15 @@ def run_rounds(case: Case, groups: Groups, repeats: int, say: Say) -> dict[str, 
             if seconds == ROUND_SECONDS:
                 rounds.setdefault(name, []).append(reading)
                 say(f"{case.name:<14} {name:<14} {reading.requests_per_second:8,.0f} requests/s")
-    return {name: take_median(rounds[name]) if name in asked else None for name in NAMES}
+    ours = rounds["heliostat"]
+    return {name: compare(ours, rounds[name]) if name in asked else None for name in NAMES}
+
+
+def compare(ours: Sequence[Reading], theirs: Sequence[Reading]) -> Outcome:
+    """The outcome of `theirs`, round by round beside ours."""
+    pairs = zip(ours, theirs, strict=True)
+    ratios = (mine.requests_per_second / other.requests_per_second for mine, other in pairs)
+    return Outcome(take_median(theirs), median(ratios))
 
 
 def take_median(readings: Sequence[Reading]) -> Reading:
