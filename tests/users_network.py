@@ -27,6 +27,22 @@ def build(signature: Signature, hidden: int, dropout: float = 0.0, extra: int = 
     return Net(of.channels * of.height * of.width, hidden, len(output.labels) + extra, dropout)
 
 
+class Peeking(nn.Module):
+    """It looks at the values of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.last(x if float(x.sum()) > 0 else -x)
+        return outputs
+
+
+def build_peeking(signature: Signature) -> nn.Module:
+    return Peeking()
+
+
 def build_nothing(signature: Signature) -> dict[str, Any]:
     return {"signature": signature}
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from heliostat.signature import (
     Blocks,
@@ -27,6 +28,11 @@ def example(signature: Signature, rows: int) -> tuple[tuple[Tensor, ...], Tensor
             return inputs, torch.zeros(rows, len(names))
         case _:
             return inputs, inputs[0]
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether it has a shape but no values, as where a network is only measured."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _inputs(shape: Input, rows: int) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from heliostat.models.dropout import Dropout
+from heliostat.models.example import is_hollow
 from heliostat.signature import Blocks, Signature
 from heliostat.spec import GptSpec, RopeScalingSpec
 
@@ -135,7 +136,10 @@ def see(tokens_NT: Tensor, end: int, flexible: bool = True) -> Sight:
 
     On a GPU the mask is sparse by blocks, and without an `end` inside it costs what causal
     attention costs. On a CPU the values are at hand, so plain causal attention is told at once.
+    Tokens that have no values stand for a block of one document.
     """
+    if is_hollow(tokens_NT):
+        return None
     ends_NT = tokens_NT[:, :-1] == end
     if tokens_NT.device.type == "cpu" and not torch.compiler.is_compiling() and not ends_NT.any():
         return None

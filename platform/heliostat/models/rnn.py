@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from heliostat.models.dropout import Dropout
+from heliostat.models.example import is_hollow
 from heliostat.signature import Series, Signature, Text
 from heliostat.spec import RnnSpec
 
@@ -62,7 +63,7 @@ def _fill(x_NTC: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_host(lengths_N: Tensor, steps: int) -> Tensor:
-    """Lengths where packing reads them; on the meta device they have no values, all are `steps`."""
-    if lengths_N.is_meta:
+    """Lengths where packing reads them; where they have no values, all are `steps`."""
+    if is_hollow(lengths_N):
         return torch.full(lengths_N.shape, steps, device="cpu")
     return lengths_N.cpu()

@@ -109,10 +109,10 @@ def fit(
         model.train()
         set_rate(optimizer, rate := recipe.rate(step))
         optimizer.zero_grad(set_to_none=True)
-        keyed = _key(dropouts, recipe.seed, step, batch)
+        keyed = key(dropouts, recipe.seed, step, batch)
         collect = _accumulate(model, task, batch, recipe, keyed, ranks)
         recipe.scaler.unscale_(optimizer)
-        grad_norm = _clip(model, recipe.clip_norm)
+        grad_norm = float(clip(model, recipe.clip_norm))
         totals, votes = collect()
         means = {name: total / (batch.weight * task.units) for name, total in totals.items()}
         _check(step, means["loss"], grad_norm, recipe)
@@ -151,7 +151,7 @@ def validate(
     for batch in batches:
         with recipe.autocast():
             outputs = model(*batch.inputs)
-            sums.append(_measure(task, outputs, batch.targets))
+            sums.append(measure(task, outputs, batch.targets))
         weight += batch.weight * task.units
     totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
     totals = torch.cat([totals, totals.new_tensor([weight])])
@@ -185,7 +185,7 @@ def _accumulate(
         with synced(model, last), keyed(rows):
             with recipe.autocast():
                 outputs = model(*(tensor[rows] for tensor in batch.inputs))
-                measured = _measure(task, outputs, batch.targets[rows])
+                measured = measure(task, outputs, batch.targets[rows])
             sums.append({name: total.detach() for name, total in measured.items()})
             if last:
                 totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
@@ -204,7 +204,7 @@ def _accumulate(
     return collect
 
 
-def _measure(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def measure(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     loss = task.loss(outputs, targets)
     with torch.no_grad():
         return {"loss": loss, **task.count(outputs, targets)}
@@ -214,7 +214,7 @@ def _columns(sums: list[dict[str, Tensor]]) -> Iterator[Any]:
     return zip(*(part.values() for part in sums), strict=True)
 
 
-def _key(dropouts: Sequence[Dropout], seed: int, step: int, batch: Batch) -> Keyed:
+def key(dropouts: Sequence[Dropout], seed: int, step: int, batch: Batch) -> Keyed:
     """What gives each of these rows of the share a number that says what is drawn for it."""
     if not dropouts:
         return lambda rows: contextlib.nullcontext()
@@ -223,14 +223,14 @@ def _key(dropouts: Sequence[Dropout], seed: int, step: int, batch: Batch) -> Key
     return lambda rows: key_samples(dropouts, keys[rows])
 
 
-def _clip(model: nn.Module, most: float | None) -> float:
+def clip(model: nn.Module, most: float | None) -> Tensor:
     """The norm of the gradient before it was clipped to `most`."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if most is not None:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return float(norm)
+    return norm
 
 
 def _check(step: int, loss: float, grad_norm: float, recipe: Recipe) -> None:

@@ -59,8 +59,7 @@ def parallelize(
     _check_precision(spec.precision, device)
     blocks = find_blocks(model)
     if spec.recompute:
-        for block in blocks or list(model.children()):
-            _wrap(block, _recompute)
+        recompute(model)
     if spec.compile:
         _check_compiler()
         for block in blocks or [model]:
@@ -74,6 +73,12 @@ def parallelize(
         functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None),
         torch.amp.GradScaler(device.type, FIRST_SCALE, enabled=dtype is torch.float16),
     )
+
+
+def recompute(model: nn.Module) -> None:
+    """Nothing inside a block, or a child where there are none, is kept for the backward pass."""
+    for block in find_blocks(model) or list(model.children()):
+        _wrap(block, _recompute)
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,252 @@
+"""`heliostat plan`: what a run will take, before any machine is rented."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from heliostat.cli.options import Commands, add_command, add_json, open_store
+from heliostat.cli.output import render_table
+from heliostat.errors import HeliostatError
+
+if TYPE_CHECKING:
+    from heliostat.data.expected import Rows
+    from heliostat.hardware import Machine
+    from heliostat.plan import Model, Plan
+    from heliostat.plan.bill import Volume
+    from heliostat.spec import RunSpec
+
+MAX_REMEDIES = 3
+
+
+def add_commands(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "plan",
+        plan,
+        "memory, time, network, storage, money and energy of a run, before it is started",
+        [
+            "heliostat plan jobs/specs/sotu_gpt.yaml",
+            "heliostat plan llama8b.yaml --on p5.48xlarge --tokens 15e12",
+            "heliostat plan llama8b.yaml --on p4d.24xlarge train.strategy=fsdp train.workers=64",
+        ],
+    )
+    command.add_argument("spec", metavar="SPEC", help="the spec of a run")
+    command.add_argument("settings", nargs="*", metavar="key=value", help="changes of the spec")
+    command.add_argument("--on", metavar="MACHINE", help="a machine of the table (default: all)")
+    command.add_argument("--rows", type=_number, help="rows of an epoch, where none are prepared")
+    command.add_argument("--tokens", type=_number, help="what the run is trained on in all")
+    command.add_argument("--utilisation", type=_share, help="of the peak FLOP/s, 0 to 1")
+    command.add_argument("--pue", type=float, default=1.15, help="of the data centre (1.15)")
+    add_json(command)
+
+
+def plan(options: argparse.Namespace) -> int:
+    from heliostat import spec as specs
+    from heliostat.train.foresee import foresee, foresee_volume
+
+    spec = specs.load(options.spec, tuple(options.settings))
+    rows = _find_rows(spec, options)
+    model = foresee(spec, rows)
+    plans = _make_plans(model, spec, foresee_volume(spec, rows, model, options.tokens), options)
+    if options.json:
+        print(json.dumps([_to_json(one) for one in plans]))
+    else:
+        described = _describe(plans[0]) if options.on else _compare(plans)
+        print("\n".join([*_describe_model(model, spec), "", *described, *_advise(plans)]))
+    return 0 if any(one.room.fits for one in plans) else 2
+
+
+def _make_plans(
+    model: "Model", spec: "RunSpec", volume: "Volume", options: argparse.Namespace
+) -> "list[Plan]":
+    """That on the machine asked for, or those on all that can compute so at all."""
+    from heliostat.plan import make_plan
+    from heliostat.plan.fleet import find_machine, list_machines
+
+    def make(machine: "Machine") -> "Plan":
+        return make_plan(model, spec.train, volume, machine, options.utilisation, options.pue)
+
+    if options.on:
+        return [make(find_machine(options.on))]
+    plans = []
+    for machine in list_machines():
+        with suppress(HeliostatError):
+            plans.append(make(machine))
+    return plans
+
+
+def _advise(plans: "list[Plan]") -> Iterator[str]:
+    """Where nothing fits, what would make it, on the three cheapest machines that can."""
+    from heliostat.plan import find_machine_that_fits, find_remedy
+
+    if any(plan.room.fits for plan in plans):
+        return
+    by_price = sorted(plans, key=lambda plan: plan.fleet.machine.usd_per_hour)
+    remedies = ((plan, find_remedy(plan)) for plan in by_price)
+    found = [(plan, remedy) for plan, remedy in remedies if remedy]
+    yield ""
+    yield "It does not fit. It would with:"
+    yield from (
+        f"  --on {plan.fleet.machine.name} {remedy}" for plan, remedy in found[:MAX_REMEDIES]
+    )
+    if len(plans) == 1 and (other := find_machine_that_fits(plans[0])):
+        yield f"  --on {other.name}"
+
+
+def _number(text: str) -> int:
+    """`15e12` as well as `1000`."""
+    value = float(text)
+    if not 1 <= value < 1e18 or value % 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(value)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share above 0 and up to 1")
+    return value
+
+
+def _find_rows(spec: "RunSpec", options: argparse.Namespace) -> "Rows":
+    """Those that are prepared, or those that the spec foretells."""
+    from heliostat.data.expected import expect_rows, read_rows
+
+    with suppress(HeliostatError):
+        expected = expect_rows(spec)
+        return replace(expected, count=options.rows or expected.count)
+    from heliostat.data.prepare import require_prepared
+
+    open_store(argparse.Namespace(root=spec.root, home=options.home))
+    return read_rows(require_prepared(spec))
+
+
+def _describe_model(model: "Model", spec: "RunSpec") -> Iterator[str]:
+    per_token = f" ({model.tokens_per_row:,} tokens)" if model.tokens_per_row > 1 else ""
+    yield (
+        f"{model.name}: {spec.model.kind}, {model.parameters:,} parameters, "
+        f"{_round(model.flops_per_row, 'FLOP')} for a row{per_token}, forward and backward"
+    )
+    train = spec.train
+    yield (
+        f"{train.most_workers} workers, {train.strategy}, {train.precision}, global_batch "
+        f"{train.global_batch:,}, {train.optimizer.kind}" + ", recompute" * train.recompute
+    )
+
+
+def _describe(plan: "Plan") -> Iterator[str]:
+    fleet, step, bill, volume = plan.fleet, plan.step, plan.bill, plan.volume
+    yield (
+        f"on {fleet.machines} x {fleet.machine.name} ({fleet.device.name}, {fleet.workers} workers)"
+    )
+    yield ""
+    rows = [(p.name, _round(p.value, p.unit), p.reason, p.source) for p in plan.room.parts]
+    rows.append(("total", _round(plan.room.bytes, "B"), _say_fit(plan), ""))
+    yield render_table(("memory of a worker", "", "why", "source"), rows)
+    yield ""
+    overlap = f"{_seconds(step.exchange)} of exchange, all but this is hidden by computing"
+    yield render_table(
+        ("step", "", "why", "source"),
+        [
+            ("compute", _seconds(step.compute), f"{plan.utilisation.value:.0%} of "
+             f"{_round(fleet.device.flops, 'FLOP/s')}: {plan.utilisation.reason}",
+             plan.utilisation.source),
+            ("update", _seconds(step.update), "weights, gradients and moments through memory",
+             "roofline (Williams et al. 2009)"),
+            ("exchange", _seconds(step.exposed), overlap, "a ring (Patarasuk & Yuan 2009)"),
+            ("step", _seconds(step.seconds),
+             f"{plan.train.global_batch * plan.model.tokens_per_row / step.seconds:,.0f} "
+             f"{'tokens' if plan.model.tokens_per_row > 1 else 'rows'}/s", ""),
+        ],
+    )  # fmt: skip
+    yield ""
+    spot = f", ${bill.usd_spot:,.2f} on spot" if bill.usd_spot else ""
+    yield render_table(
+        ("run", "", "why"),
+        [
+            ("network", _round(step.sent_bytes, "B"), "sent by each machine in a step; below "
+             f"{_round(step.least_network, 'B/s')} it bounds the step, there are "
+             f"{_round(fleet.ring_rate, 'B/s')}"),
+            ("storage", _round(bill.stored_bytes, "B"), "the data and "
+             f"{volume.kept_checkpoints + 1} checkpoints of "
+             f"{_round(volume.checkpoint_bytes, 'B')}"),
+            ("reading", _round(bill.read_bytes_per_second, "B/s"), "to keep the workers busy"),
+            ("checkpoint", _seconds(bill.checkpoint_seconds), "to be away, beside the steps"),
+            ("time", f"{bill.hours:,.2f} h", f"{bill.steps:,} steps"),
+            ("money", f"${bill.usd:,.2f}", f"{bill.machine_hours:,.1f} machine-hours at "
+             f"${fleet.machine.usd_per_hour:,.2f} ({fleet.machine.priced}){spot}"),
+            ("energy", f"{bill.kwh:,.2f} kWh", "full load, and what the data centre adds (PUE)"),
+        ],
+    )  # fmt: skip
+
+
+def _compare(plans: "list[Plan]") -> Iterator[str]:
+    fitting = [plan for plan in plans if plan.room.fits]
+    cheapest = min(fitting, key=lambda plan: plan.bill.usd, default=None)
+    fastest = min(fitting, key=lambda plan: plan.bill.hours, default=None)
+    rows = []
+    for plan in sorted(plans, key=lambda plan: (not plan.room.fits, plan.bill.usd)):
+        bill, fleet = plan.bill, plan.fleet
+        marks = [name for name, one in (("cheapest", cheapest), ("fastest", fastest))
+                 if one is plan]  # fmt: skip
+        rows.append(
+            (
+                f"{fleet.machines} x {fleet.machine.name}",
+                fleet.device.name,
+                f"{_round(plan.room.bytes, 'B')} of {_round(plan.room.limit_bytes, 'B')}",
+                *(
+                    (f"{plan.room.rows:,}", _seconds(plan.step.seconds), f"{bill.hours:,.2f}",
+                     f"{bill.usd:,.2f}", f"{bill.usd_spot:,.2f}" if bill.usd_spot else "",
+                     f"{bill.kwh:,.2f}", " ".join(marks))
+                    if plan.room.fits
+                    else ("does not fit", "", "", "", "", "", "")
+                ),
+            )
+        )  # fmt: skip
+    yield render_table(
+        ("machines", "worker", "memory", "micro_batch", "step", "hours", "USD", "spot", "kWh", ""),
+        rows,
+    )
+
+
+def _say_fit(plan: "Plan") -> str:
+    if not plan.room.fits:
+        return f"does not fit: {_round(plan.room.limit_bytes, 'B')} can be used"
+    spare = 1 - plan.room.bytes / plan.fleet.device.memory_bytes
+    return f"fits with {spare:.0%} spare, {plan.room.most_rows:,} rows would at most"
+
+
+def _to_json(plan: "Plan") -> dict[str, object]:
+    return {
+        "machine": plan.fleet.machine.name,
+        "machines": plan.fleet.machines,
+        "workers": plan.fleet.workers,
+        "fits": plan.room.fits,
+        "micro_batch": plan.room.rows,
+        "most_rows": plan.room.most_rows,
+        "parameters": plan.model.parameters,
+        "memory": [asdict(part) for part in plan.room.parts],
+        "memory_bytes": plan.room.bytes,
+        "limit_bytes": plan.room.limit_bytes,
+        "utilisation": asdict(plan.utilisation),
+        "step": asdict(plan.step) | {"seconds": plan.step.seconds},
+        "run": asdict(plan.bill),
+    }
+
+
+def _round(value: float, unit: str) -> str:
+    """`1.5 GiB`, `2 GB/s`, `3.1 PFLOP`: bytes that are kept by 1024, rates by 1000."""
+    base, infix = (1024, "i") if unit == "B" else (1000, "")
+    prefixes = ("", "K", "M", "G", "T", "P", "E", "Z")
+    place = 0
+    while value >= base and place < len(prefixes) - 1:
+        value, place = value / base, place + 1
+    prefix = prefixes[place] + (infix if place else "")
+    return f"{value:,.3g} {prefix}{unit}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.2f} s" if value >= 1 else f"{1000 * value:,.3g} ms"

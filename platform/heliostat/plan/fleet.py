@@ -1,0 +1,109 @@
+"""The workers of a run on rented machines: what each computes with, and what lies between them."""
+
+import math
+from dataclasses import dataclass
+
+from heliostat.errors import HeliostatError
+from heliostat.hardware import ACCELERATORS, GB, MACHINES, Accelerator, Machine
+
+# A core is two vCPUs and adds 32 products a cycle (AVX-512, two instructions at once), at 2.5 GHz;
+# 64 vCPUs share eight channels of DDR5-4800.
+VCPU_FLOPS = 2.5e9 * 64 / 2
+VCPU_BANDWIDTH = 307 * GB / 64
+LOOPBACK = 2 * GB
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one worker computes with: an accelerator, or its share of a machine's CPUs."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    link: float
+    memory_bytes: int
+    watts: float | None
+    is_cpu: bool
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """`workers` on machines of one kind, `per_machine` on each as far as they go."""
+
+    machine: Machine
+    device: Device
+    workers: int
+    per_machine: int
+
+    @property
+    def machines(self) -> int:
+        return math.ceil(self.workers / self.per_machine)
+
+    @property
+    def ring_rate(self) -> float:
+        """Bytes/s of the slowest link of a ring through all workers."""
+        return self.machine.network if self.machines > 1 else self.device.link
+
+
+def list_machines() -> list[Machine]:
+    """Those that this platform runs on, the cheapest first. TPUs it only knows: they want another
+    PyTorch."""
+    able = (machine for machine in MACHINES if "TPU" not in (machine.accelerator or ""))
+    return sorted(able, key=lambda machine: machine.usd_per_hour)
+
+
+def find_machine(name: str) -> Machine:
+    """Raises HeliostatError: there is no such machine in the table."""
+    for machine in MACHINES:
+        if machine.name == name:
+            return machine
+    known = ", ".join(machine.name for machine in MACHINES)
+    raise HeliostatError(f"there is no machine {name!r:.80} in the table: use one of {known}")
+
+
+def compose_fleet(machine: Machine, workers: int, precision: str, cpus_per_worker: int) -> Fleet:
+    """`workers` on as many of `machine` as they need.
+
+    Raises:
+        HeliostatError: the machine does not compute in `precision`, or has fewer CPUs than a worker
+            wants.
+    """
+    if machine.accelerator is None:
+        per_machine = machine.vcpus // cpus_per_worker
+        if not per_machine:
+            raise HeliostatError(
+                f"a worker wants {cpus_per_worker} CPUs, {machine.name} has {machine.vcpus}: "
+                "lower train.cpus_per_worker or take a larger machine"
+            )
+        return Fleet(machine, _share_cpus(machine, cpus_per_worker), workers, per_machine)
+    chip = next(a for a in ACCELERATORS if a.name == machine.accelerator)
+    return Fleet(machine, _take(chip, precision), workers, machine.accelerators)
+
+
+def _take(chip: Accelerator, precision: str) -> Device:
+    if precision not in chip.flops:
+        raise HeliostatError(
+            f"{chip.name} does not compute in {precision}, only in {', '.join(chip.flops)}: "
+            "change train.precision or take another machine"
+        )
+    return Device(
+        chip.name,
+        chip.flops[precision],
+        chip.bandwidth,
+        chip.link,
+        chip.memory_bytes,
+        chip.watts,
+        False,
+    )
+
+
+def _share_cpus(machine: Machine, cpus: int) -> Device:
+    return Device(
+        f"{cpus} vCPU",
+        cpus * VCPU_FLOPS,
+        cpus * VCPU_BANDWIDTH,
+        LOOPBACK,
+        machine.memory_bytes * cpus // machine.vcpus,
+        None,
+        True,
+    )

@@ -1,0 +1,75 @@
+"""From a spec and the shape of its rows to what a plan is made of."""
+
+from functools import cache
+
+from heliostat.data.expected import Rows
+from heliostat.errors import HeliostatError
+from heliostat.models.cost import measure_cost
+from heliostat.plan import Model
+from heliostat.plan.bill import Volume
+from heliostat.plan.memory import Footprint
+from heliostat.signature import Blocks, Series, Text
+from heliostat.spec import RunSpec, TrainSpec
+from heliostat.train.footprint import measure_footprint
+
+AVERAGED = 4  # bytes of a weight's moving average, which a checkpoint holds as well
+
+
+def foresee(spec: RunSpec, rows: Rows) -> Model:
+    """The model as a planner sees it.
+
+    Raises:
+        HeliostatError: the family does not suit the data, or a user's own network looks at values.
+    """
+    cost = measure_cost(spec.model, rows.signature)
+
+    @cache
+    def footprint(recompute: bool) -> Footprint:
+        train = spec.train.model_copy(update={"recompute": recompute})
+        return measure_footprint(spec.model, rows.signature, train)
+
+    of = rows.signature.input
+    length = of.length if isinstance(of, Blocks | Text | Series) else 1
+    return Model(spec.name, cost.parameters, cost.train_flops_per_sample, length, footprint)
+
+
+def foresee_volume(spec: RunSpec, rows: Rows, model: Model, tokens: int | None) -> Volume:
+    """What a run reads and keeps: `tokens` in all, or its epochs of the rows that there are.
+
+    A checkpoint holds weights, optimiser and their moving average.
+
+    Raises:
+        HeliostatError: nothing says how long the run is.
+    """
+    train, footprint = spec.train, model.footprint(spec.train.recompute)
+    average = AVERAGED * model.parameters if train.ema else 0
+    steps, stored = _count_steps(train, rows.count, model.tokens_per_row, tokens)
+    return Volume(
+        steps,
+        stored,
+        rows.row_bytes,
+        footprint.weights + footprint.optimizer + average,
+        train.keep_checkpoints,
+    )
+
+
+def _count_steps(
+    train: TrainSpec, rows: int | None, tokens_per_row: int, tokens: int | None
+) -> tuple[int, int]:
+    """The steps of the run, and the rows that it needs."""
+    ends = [
+        train.steps,
+        *(_steps_of(train, tokens_per_row, of) for of in (train.stop.tokens, tokens)),
+    ]
+    if rows:
+        ends.append(train.epochs * -(-rows // train.global_batch))
+    known = [steps for steps in ends if steps]
+    if not known:
+        raise HeliostatError(
+            "how long the run is depends on the data: give --rows or --tokens, or set train.steps"
+        )
+    return min(known), rows or min(known) * train.global_batch
+
+
+def _steps_of(train: TrainSpec, tokens_per_row: int, tokens: int | None) -> int | None:
+    return tokens and -(-tokens // (tokens_per_row * train.global_batch))

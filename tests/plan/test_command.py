@@ -1,0 +1,128 @@
+"""`heliostat plan` as a user meets it: a table, JSON, and sentences where it cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from heliostat.cli import main
+
+GPT = """
+name: small
+data: {source: s3://nowhere/texts, text: {vocab: 1000, block: 64}}
+model: {kind: gpt, layers: 2, width: 64, heads: 4}
+train: {workers: 2, global_batch: 16}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    path = tmp_path / "spec.yaml"
+    path.write_text(GPT)
+    return str(path)
+
+
+def ask(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = main(["plan", *words])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_all_machines_are_compared(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = ask(capsys, spec, "--tokens", "1e6")
+    assert status == 0
+    assert out.startswith("small: gpt, 170,816 parameters, ")
+    (cheapest,) = (line for line in out.splitlines() if "cheapest" in line)
+    assert "$" not in cheapest
+    assert len([line for line in out.splitlines() if " x " in line]) > 8
+    assert "TPU" not in out
+
+
+def test_one_machine_is_described_by_part(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = ask(capsys, spec, "--tokens", "1e6", "--on", "m7i.4xlarge")
+    assert status == 0
+    for name in ("weights", "gradients", "optimizer", "activations", "framework", "total",
+                 "compute", "update", "exchange", "network", "storage", "reading", "checkpoint",
+                 "time", "money", "energy"):  # fmt: skip
+        assert f"\n{name} " in out
+    assert "fits with" in out
+    assert "977 steps" in out  # 1e6 tokens, 16 rows of 64 a step
+
+
+def test_json_says_the_same(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (spec, "--tokens", "1e6", "--on", "g5.xlarge", "--utilisation", "0.3", "--json")
+    status, out, _ = ask(capsys, *words)
+    (plan,) = json.loads(out)
+    assert (status, plan["machine"], plan["machines"], plan["fits"]) == (0, "g5.xlarge", 2, True)
+    assert plan["memory_bytes"] == sum(part["value"] for part in plan["memory"])
+    assert all(part["reason"] and part["source"] for part in plan["memory"])
+    assert plan["utilisation"]["value"] == 0.3
+    assert plan["run"]["steps"] == 977
+
+
+def test_a_setting_changes_the_plan(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = ask(capsys, spec, "--json", "--on", "g5.xlarge", "train.steps=5", "model.width=128")
+    (plan,) = json.loads(out)
+    assert plan["run"]["steps"] == 5
+    assert plan["parameters"] > 170_816
+
+
+def test_what_fits_nowhere_is_told_with_a_remedy(
+    spec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    big = ("model.width=8192", "model.layers=40", "model.heads=64", "train.steps=1")
+    status, out, _ = ask(capsys, spec, *big, "train.global_batch=64", "train.workers=64")
+    assert status == 2
+    advice = out.partition("It does not fit. It would with:")[2].split()
+    assert "train.strategy=fsdp" in advice
+    machine = advice[advice.index("--on") + 1]
+    settings = [word for word in advice[2:] if word.startswith("train.")][:4]
+    status, out, _ = ask(
+        capsys, spec, *big, "train.global_batch=64", "train.workers=64", "--on", machine, *settings
+    )
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "give --rows or --tokens, or set train.steps"),
+        (["--tokens", "1e6", "--on", "p9"], "there is no machine 'p9' in the table"),
+        (["--tokens", "1e6", "--on", "g4dn.xlarge", "train.precision=bf16"], "T4 does not compute"),
+        (["model.width=63"], "width 63 is not a multiple of heads"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_one_sentence(
+    spec: str, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    status, out, err = ask(capsys, spec, *words)
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--tokens", "many"], ["--tokens", "0.5"], ["--utilisation", "2"], ["--pue", "x"]]
+)
+def test_a_number_that_is_none_is_refused(
+    spec: str, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        ask(capsys, spec, *words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_what_depends_on_the_data_wants_it_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HELIOSTAT_HOME", str(tmp_path / "home"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "table.yaml"
+    path.write_text(
+        f"name: t\nroot: {tmp_path}/root\ndata: {{source: {tmp_path}/raw, label: y}}\n"
+        "model: {kind: mlp}\n"
+    )
+    status, _, err = ask(capsys, str(path))
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
