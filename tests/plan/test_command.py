@@ -126,3 +126,29 @@ def test_what_depends_on_the_data_wants_it_prepared(
     status, _, err = ask(capsys, str(path))
     assert status == 2
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_load_is_planned_in_replicas(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = ask(capsys, spec, "--requests-per-second", "50", "--new-tokens", "100")
+    assert status == 0
+    head, *lines = out.splitlines()
+    assert head.split()[:6] == ["machines", "each", "on", "replicas", "streams", "memory"]
+    assert len(lines) > 8
+
+    words = (spec, "--requests-per-second", "50", "--on", "m7i.4xlarge", "--json")
+    _, out, _ = ask(capsys, *words)
+    (plan,) = json.loads(out)
+    assert plan["replicas"]["most_requests"] >= 50
+    # 2 layers of keys and values of 64 numbers, float32, 640 tokens each of 32 streams
+    cache = 32 * 640 * 2 * 2 * 64 * 4
+    assert plan["replicas"]["bytes"] == 170_816 * 4 + cache
+
+
+def test_what_is_too_slow_everywhere_is_said(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load = (spec, "--requests-per-second", "1", "--latency-ms", "0.001")
+    status, _, err = ask(capsys, *load)
+    assert status == 2
+    assert "no machine of the table can" in err
+    status, _, err = ask(capsys, *load, "--on", "g5.xlarge")
+    assert status == 2
+    assert "for one stream alone" in err

@@ -2,10 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from heliostat.cli.options import Commands, add_command, add_json, open_store
 from heliostat.cli.output import render_table
@@ -14,11 +15,12 @@ from heliostat.errors import HeliostatError
 if TYPE_CHECKING:
     from heliostat.data.expected import Rows
     from heliostat.hardware import Machine
-    from heliostat.plan import Model, Plan
+    from heliostat.plan import Model, Plan, Serving
     from heliostat.plan.bill import Volume
     from heliostat.spec import RunSpec
 
 MAX_REMEDIES = 3
+AnyPlan = TypeVar("AnyPlan", "Plan", "Serving")
 
 
 def add_commands(commands: Commands) -> None:
@@ -31,6 +33,7 @@ def add_commands(commands: Commands) -> None:
             "heliostat plan jobs/specs/sotu_gpt.yaml",
             "heliostat plan llama8b.yaml --on p5.48xlarge --tokens 15e12",
             "heliostat plan llama8b.yaml --on p4d.24xlarge train.strategy=fsdp train.workers=64",
+            "heliostat plan llama8b.yaml --requests-per-second 20 --latency-ms 30",
         ],
     )
     command.add_argument("spec", metavar="SPEC", help="the spec of a run")
@@ -38,8 +41,15 @@ def add_commands(commands: Commands) -> None:
     command.add_argument("--on", metavar="MACHINE", help="a machine of the table (default: all)")
     command.add_argument("--rows", type=_number, help="rows of an epoch, where none are prepared")
     command.add_argument("--tokens", type=_number, help="what the run is trained on in all")
+    load = command.add_argument_group("instead of training it, serving it")
+    load.add_argument("--requests-per-second", type=_positive, metavar="N", help="the load")
+    load.add_argument(
+        "--latency-ms", type=_positive, metavar="MS", help="for 95 %% of them; a token"
+    )
+    load.add_argument("--prompt-tokens", type=_number, default=512, metavar="N", help="(512)")
+    load.add_argument("--new-tokens", type=_number, default=128, metavar="N", help="(128)")
     command.add_argument("--utilisation", type=_share, help="of the peak FLOP/s, 0 to 1")
-    command.add_argument("--pue", type=float, default=1.15, help="of the data centre (1.15)")
+    command.add_argument("--pue", type=_positive, default=1.15, help="of the data centre (1.15)")
     add_json(command)
 
 
@@ -49,6 +59,8 @@ def plan(options: argparse.Namespace) -> int:
 
     spec = specs.load(options.spec, tuple(options.settings))
     rows = _find_rows(spec, options)
+    if options.requests_per_second:
+        return _plan_serving(spec, rows, options)
     model = foresee(spec, rows)
     plans = _make_plans(model, spec, foresee_volume(spec, rows, model, options.tokens), options)
     if options.json:
@@ -59,15 +71,41 @@ def plan(options: argparse.Namespace) -> int:
     return 0 if any(one.room.fits for one in plans) else 2
 
 
-def _make_plans(
-    model: "Model", spec: "RunSpec", volume: "Volume", options: argparse.Namespace
-) -> "list[Plan]":
-    """That on the machine asked for, or those on all that can compute so at all."""
-    from heliostat.plan import make_plan
-    from heliostat.plan.fleet import find_machine, list_machines
+def _plan_serving(spec: "RunSpec", rows: "Rows", options: argparse.Namespace) -> int:
+    from heliostat.plan import plan_serving
+    from heliostat.plan.serving import Load, Texts
+    from heliostat.train.foresee import find_served_precision, foresee_served
 
-    def make(machine: "Machine") -> "Plan":
-        return make_plan(model, spec.train, volume, machine, options.utilisation, options.pue)
+    served, precision = foresee_served(spec, rows), find_served_precision(spec.deploy)
+    texts = Texts(options.prompt_tokens, options.new_tokens)
+    load = Load(
+        options.requests_per_second,
+        options.latency_ms and options.latency_ms / 1000,
+        texts if served.cache_bytes_per_token else None,
+    )
+
+    def make(machine: "Machine") -> "Serving":
+        return plan_serving(
+            served, load, spec.deploy, machine, precision, options.utilisation, options.pue
+        )
+
+    found = _on_machines(make, options)
+    if not found:
+        raise HeliostatError(
+            "no machine of the table can: ask for one with --on, which says why it cannot"
+        )
+    if options.json:
+        print(json.dumps([asdict(one) for one in found]))
+    else:
+        print("\n".join(_list_servings(found, bool(load.texts))))
+    return 0
+
+
+def _on_machines(
+    make: "Callable[[Machine], AnyPlan]", options: argparse.Namespace
+) -> "list[AnyPlan]":
+    """What is planned on the machine asked for, or on all that can."""
+    from heliostat.plan.fleet import find_machine, list_machines
 
     if options.on:
         return [make(find_machine(options.on))]
@@ -76,6 +114,17 @@ def _make_plans(
         with suppress(HeliostatError):
             plans.append(make(machine))
     return plans
+
+
+def _make_plans(
+    model: "Model", spec: "RunSpec", volume: "Volume", options: argparse.Namespace
+) -> "list[Plan]":
+    from heliostat.plan import make_plan
+
+    def make(machine: "Machine") -> "Plan":
+        return make_plan(model, spec.train, volume, machine, options.utilisation, options.pue)
+
+    return _on_machines(make, options)
 
 
 def _advise(plans: "list[Plan]") -> Iterator[str]:
@@ -102,6 +151,13 @@ def _number(text: str) -> int:
     if not 1 <= value < 1e18 or value % 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
     return int(value)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 def _share(text: str) -> float:
@@ -210,6 +266,31 @@ def _compare(plans: "list[Plan]") -> Iterator[str]:
         ("machines", "worker", "memory", "micro_batch", "step", "hours", "USD", "spot", "kWh", ""),
         rows,
     )
+
+
+def _list_servings(servings: "list[Serving]", streams: bool) -> Iterator[str]:
+    rows = []
+    for one in sorted(servings, key=lambda one: one.usd_per_hour):
+        fleet, found = one.fleet, one.replicas
+        rows.append(
+            (
+                f"{fleet.machines} x {fleet.machine.name}",
+                fleet.device.name,
+                f"{found.count:,}",
+                *((f"{found.at_once:,}",) if streams else ()),
+                f"{_round(found.bytes, 'B')} of {_round(one.limit_bytes, 'B')}",
+                _seconds(found.latency),
+                f"{found.most_requests:,.4g}",
+                f"{one.usd_per_hour:,.2f}",
+                f"{730 * one.usd_per_hour:,.0f}",
+                f"{one.kwh_per_hour:,.2f}",
+            )
+        )
+    own = ("streams",) if streams else ()
+    latency = "a token" if streams else "95 % in"
+    costs = ("requests/s", "USD/h", "USD/month", "kW")
+    header = ("machines", "each on", "replicas", *own, "memory", latency, *costs)
+    yield render_table(header, rows)
 
 
 def _say_fit(plan: "Plan") -> str:

@@ -1,5 +1,6 @@
 """What a model needs before any of it is rented: arithmetic over measured costs and data sheets."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -7,12 +8,13 @@ from typing import Any
 
 from heliostat.errors import HeliostatError
 from heliostat.hardware import GIB, Machine
-from heliostat.plan.bill import PUE, Bill, Volume, add_up
+from heliostat.plan.bill import PUE, Bill, Volume, add_up, count_watts
 from heliostat.plan.figure import Figure
 from heliostat.plan.fleet import Fleet, compose_fleet, list_machines
 from heliostat.plan.memory import Footprint, Layout, estimate_memory, most_rows, total
+from heliostat.plan.serving import Load, Replicas, Served, plan_replicas
 from heliostat.plan.step import LLAMA, UTILISATION, Step, Work, estimate_step
-from heliostat.spec import TrainSpec
+from heliostat.spec import DeploySpec, TrainSpec
 
 ON_CPU = Figure(
     "framework",
@@ -107,6 +109,42 @@ def make_plan(
     step = estimate_step(work, footprint, room.layout, fleet, chosen.value)
     bill = add_up(volume, step, train.global_batch, fleet, pue)
     return Plan(model, train, volume, fleet, room, chosen, step, bill)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Replicas on machines of one kind, all the time."""
+
+    fleet: Fleet
+    replicas: Replicas
+    limit_bytes: int
+    usd_per_hour: float
+    kwh_per_hour: float
+
+
+def plan_serving(
+    served: Served,
+    load: Load,
+    deploy: DeploySpec,
+    machine: Machine,
+    precision: str,
+    utilisation: float | None = None,
+    pue: float = PUE,
+) -> Serving:
+    """The fewest replicas on `machine` that take the load.
+
+    Raises:
+        HeliostatError: the machine does not compute so, a replica does not fit it, or no number of
+            replicas answers in time.
+    """
+    fleet = compose_fleet(machine, 1, precision, math.ceil(deploy.cpus_per_replica))
+    limit = int(fleet.device.memory_bytes * (1 - SPARE[fleet.device.is_cpu]))
+    limit -= round(_find_overhead(fleet).value)
+    share = _choose_utilisation(utilisation).value
+    found = plan_replicas(served, load, fleet.device, limit, deploy.max_streams, share)
+    fleet = replace(fleet, workers=found.count)
+    kilowatts = fleet.machines * count_watts(fleet) / 1000
+    return Serving(fleet, found, limit, fleet.machines * machine.usd_per_hour, kilowatts * pue)
 
 
 def _choose_utilisation(asked: float | None) -> Figure:

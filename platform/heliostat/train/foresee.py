@@ -7,9 +7,10 @@ from heliostat.errors import HeliostatError
 from heliostat.models.cost import measure_cost
 from heliostat.plan import Model
 from heliostat.plan.bill import Volume
-from heliostat.plan.memory import Footprint
+from heliostat.plan.memory import WIDTHS, Footprint
+from heliostat.plan.serving import Served
 from heliostat.signature import Blocks, Series, Text
-from heliostat.spec import RunSpec, TrainSpec
+from heliostat.spec import DeploySpec, GptSpec, RunSpec, TrainSpec
 from heliostat.train.footprint import measure_footprint
 
 AVERAGED = 4  # bytes of a weight's moving average, which a checkpoint holds as well
@@ -51,6 +52,27 @@ def foresee_volume(spec: RunSpec, rows: Rows, model: Model, tokens: int | None) 
         footprint.weights + footprint.optimizer + average,
         train.keep_checkpoints,
     )
+
+
+def foresee_served(spec: RunSpec, rows: Rows) -> Served:
+    """The model as replicas hold it: in float32, or as vLLM holds it on GPUs, in bf16.
+
+    Raises:
+        HeliostatError: the family does not suit the data, or a user's own network looks at values.
+    """
+    cost, of = measure_cost(spec.model, rows.signature), rows.signature.input
+    width = WIDTHS[find_served_precision(spec.deploy)]
+    weights = cost.parameters * width
+    if not isinstance(spec.model, GptSpec) or not isinstance(of, Blocks):
+        return Served(cost.flops_per_sample, weights)
+    model = spec.model
+    heads = model.kv_heads or model.heads
+    numbers = 2 * model.layers * heads * (model.width // model.heads)
+    return Served(cost.flops_per_sample / of.length, weights, numbers * width)
+
+
+def find_served_precision(deploy: DeploySpec) -> str:
+    return "bf16" if deploy.engine == "vllm" else "fp32"
 
 
 def _count_steps(
