@@ -10,7 +10,7 @@ from heliostat.job import run
 def main(path):
     try:
         os.kill(os.getpid(), signal.SIGTERM) if path == "stopped" else None
-        raise HeliostatError("too large")
+        raise HeliostatError("too large" if path == "spec.yaml" else path)
     finally:
         print("taken back")
 run(main)
@@ -30,3 +30,8 @@ def test_a_job_that_is_stopped_unwinds() -> None:
 def test_a_refused_job_is_one_sentence() -> None:
     ended = start("spec.yaml")
     assert (ended.returncode, ended.stderr) == (2, "error: too large\n")
+
+
+def test_what_a_sentence_quotes_cannot_move_the_cursor() -> None:
+    ended = start("the column \x1b[2Jé\u202e is unknown")
+    assert ended.stderr == "error: the column \\x1b[2Jé\\u202e is unknown\n"

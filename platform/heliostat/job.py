@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, printable
 
 
 def run(main: Callable[..., None]) -> None:
@@ -26,7 +26,7 @@ def conclude(act: Callable[[], int | None]) -> int:
     try:
         return act() or 0
     except HeliostatError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("stopped: interrupted", file=sys.stderr, flush=True)

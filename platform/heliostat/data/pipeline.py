@@ -46,7 +46,7 @@ from heliostat.data.shards import (
     write_shard,
 )
 from heliostat.data.tokens import store_tokenizer
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, printable
 from heliostat.spec import DataSpec, RunSpec
 from heliostat.storage import Store
 
@@ -114,7 +114,7 @@ def take_survey(source: Source, data: DataSpec) -> Survey:
     form = FORMS[source.form]
     survey = form.settle(source, _ask(source, partial(_survey_unit, source.form, data)), data)
     for note in survey.notes:
-        print(note, flush=True)
+        print(printable(note), flush=True)
     return survey
 
 

@@ -13,7 +13,7 @@ from heliostat.data.pipeline import FORMS, MIB, learn, quiet_ray_data, take_surv
 from heliostat.data.raw import Source, find_source
 from heliostat.data.report import assemble, make_report, refuse, to_bytes
 from heliostat.data.waiting import say_if_waiting
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, printable
 from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
 from heliostat.storage import Missing, Store, connect, probe
@@ -77,7 +77,7 @@ def summarise(manifest: Manifest) -> str:
     report = manifest.report
     lines.append(_describe_output(manifest.output))
     lines.append(f"{report['rows_bad']:,} bad rows of {report['rows_read']:,}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _describe_output(output: Output) -> str:

@@ -9,7 +9,7 @@ from heliostat.data.manifest import SPLITS, Manifest, content_version, shard_fro
 from heliostat.data.measure import settle_features, settle_numbers, unigram_nats
 from heliostat.data.pipeline import Outcome
 from heliostat.data.raw import Source, Survey
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, printable
 from heliostat.signature import Classes, NextToken, Output
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
@@ -85,7 +85,7 @@ def assemble(
     output, label_notes = _settle_output(survey, written, report)
     notes += label_notes
     for note in notes:
-        print(note, flush=True)
+        print(printable(note), flush=True)
     unversioned = Manifest(
         name=spec.name,
         version="",

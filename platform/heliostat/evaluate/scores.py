@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from heliostat.errors import printable
 from heliostat.models.tasks import following
 from heliostat.signature import Numbers
 
@@ -289,8 +290,8 @@ def _shares(hits: npt.NDArray[Any], totals: npt.NDArray[Any]) -> tuple[float | N
 
 def _shorten(text: str) -> str:
     """What a user's data calls something, as a cell of a table; no control characters."""
-    printable = text if text.isprintable() else ascii(text)[1:-1]
-    return printable if len(printable) <= MAX_LABEL else f"{printable[: MAX_LABEL - 1]}…"
+    shown = printable(text).replace("\n", "\\n")
+    return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 1]}…"
 
 
 def _cell(share: float | None) -> str:
