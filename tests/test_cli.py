@@ -354,6 +354,7 @@ def test_an_up_that_asks_for_another_address_is_refused(cluster: local.Cluster) 
 def test_a_second_cluster_lives_beside_the_first_and_goes_alone(
     cluster: local.Cluster, new_home: Home
 ) -> None:
+    strays = set(Path("/tmp").glob("pymp-*"))
     result = run("up", "--free-ports", "--home", new_home.path)
     assert result.returncode == 0, result.stderr
     second = local.find(new_home)
@@ -391,6 +392,7 @@ def test_a_second_cluster_lives_beside_the_first_and_goes_alone(
     assert "The data stays in" in result.stdout
     assert [process for process in ours if is_alive(process)] == []
     assert_nothing_is_left(second)
+    assert set(Path("/tmp").glob("pymp-*")) == strays
     assert set(local.measure_usage(cluster)) == {"edge", "ray", "store"}
 
 

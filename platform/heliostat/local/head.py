@@ -153,6 +153,7 @@ def _place(ports: Ports, scratch: Path) -> dict[str, str]:
     above 97 characters: there is no room for a folder of ours between the two.
     """
     return {
+        "TMPDIR": str(scratch),  # Ray's dashboard leaves a folder behind wherever that is
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.serve_metrics),

@@ -22,7 +22,7 @@ def launch(home: Home, state: State) -> "subprocess.Popen[bytes]":
     write_private(home.store_config, json.dumps(_list_identities(keys)))
     return processes.launch(
         state.marker(NAME),
-        [str(_find_weed()), *_list_options(home, state.ports)],
+        [str(_find_weed()), *_list_options(home, state)],
         processes.clean_environment() | _guard(keys),
         home.store_log,
     )
@@ -74,7 +74,8 @@ def _find_weed() -> Path:
     return Path(found)
 
 
-def _list_options(home: Home, ports: Ports) -> list[str]:
+def _list_options(home: Home, state: State) -> list[str]:
+    ports = state.ports
     return [
         "-logtostderr=true",
         "mini",
@@ -82,6 +83,7 @@ def _list_options(home: Home, ports: Ports) -> list[str]:
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         f"-s3.port={ports.s3}",
+        f"-s3.localSocket={state.scratch}/s3.sock",  # it would leave one behind in /tmp
         f"-master.port={ports.store_master}",
         f"-volume.port={ports.store_volume}",
         f"-filer.port={ports.store_filer}",
