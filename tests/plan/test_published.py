@@ -60,7 +60,7 @@ def plan_hours(name: str, machine: str, chips: int, tokens: float, utilisation: 
     """Hours of `chips` of them all; the exchange is part of the utilisation that is given."""
     fleet = compose_fleet(find_machine(machine), chips, "bf16", 1)
     block = SHAPES[name][-1]
-    nothing = Footprint(0, 0, 0, 0, 0, 0, *((Line(0, 0),),) * 3)
+    nothing = Footprint(0, 0, 0, 0, 0, 0, 0, *((Line(0, 0),),) * 3)
     batch = 1024 * chips
     work = Work(measure(name)[1] * block, batch, 1024, recomputes=False, compiles=True)
     layout = Layout("ddp", "bf16", chips, accumulates=False, overhead=NOTHING)

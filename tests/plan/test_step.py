@@ -19,7 +19,7 @@ from heliostat.spec import TrainSpec
 GIB = 2**30
 NOTHING = Figure("framework", 0, "B", "", "")
 LINES = (Line(0, GIB),)
-FOOTPRINT = Footprint(4 * GIB, 4 * GIB, 8 * GIB, GIB // 2, GIB, 1000, LINES, LINES, LINES)
+FOOTPRINT = Footprint(4 * GIB, 4 * GIB, 8 * GIB, 0, GIB // 2, GIB, 1000, LINES, LINES, LINES)
 A100 = find_machine("p4d.24xlarge")
 VOLUME = Volume(steps=1000, rows=10_000, row_bytes=100, checkpoint_bytes=GIB, kept_checkpoints=2)
 

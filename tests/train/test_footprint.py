@@ -123,6 +123,10 @@ def test_what_is_kept_is_counted_by_its_kind() -> None:
     assert (adam.weights, adam.gradients) == (weights, weights)
     assert adam.optimizer == pytest.approx(2 * weights, rel=0.001)
     assert sgd.optimizer == weights
+    assert (adam.average, measure_footprint(model, signature, TrainSpec(ema=0.9)).average) == (
+        0,
+        weights,
+    )
     blocks = [4 * sum(p.numel() for p in layer.parameters()) for layer in _layers(model, signature)]
     assert adam.largest_block == max(blocks)
     assert adam.outside_blocks == weights - sum(blocks)

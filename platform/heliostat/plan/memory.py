@@ -1,6 +1,6 @@
 """Memory of a training worker by its parts, and the most rows that it can have in flight."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from heliostat.plan.figure import Figure
@@ -27,16 +27,17 @@ class Line:
 class Footprint:
     """What a training step keeps, in bytes, measured on one worker that holds the whole network.
 
-    `weights`, `gradients` and `optimizer` are what they are called. `together` is the most that
-    lives besides weights and optimizer at any moment, `working` without the gradients, `sharded`
-    without the weights in low precision either, which FSDP gathers. `largest_block` are the weights
-    of the largest of the repeated blocks, `outside_blocks` those of no block. `kernels` are the
-    operations of a step that make something, each of which is launched.
+    `weights`, `gradients`, `optimizer` and the moving `average` are what they are called.
+    `together` is the most that lives besides weights and optimizer at any moment, `working` without
+    the gradients, `sharded` without the weights in low precision either, which FSDP gathers.
+    `largest_block` are the weights of the largest of the repeated blocks, `outside_blocks` those of
+    no block. `kernels` are the operations of a step that make something, each of which is launched.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    average: int
     largest_block: int
     outside_blocks: int
     kernels: int
@@ -115,7 +116,7 @@ def _alone(of: Footprint, layout: Layout, rows: int) -> tuple[Figure, ...]:
             "what of them is alive at the peak: they come while activations go",
             "the step, run on tensors without values",
         ),
-        _optimizer(of.optimizer, ""),
+        *_kept(of, 1),
         _activations(working, rows),
         layout.overhead,
     )  # fmt: skip
@@ -125,7 +126,7 @@ def _replicated(of: Footprint, layout: Layout, rows: int) -> tuple[Figure, ...]:
     return (
         _weights(of.weights, ""),
         Figure("gradients", of.gradients, "B", "one each, kept from step to step", ZERO),
-        _optimizer(of.optimizer, ""),
+        *_kept(of, 1),
         _activations(highest(of.working, rows), rows),
         layout.overhead,
     )
@@ -139,7 +140,7 @@ def _sharded(of: Footprint, layout: Layout, rows: int) -> tuple[Figure, ...]:
     return (
         _weights(-(-of.weights // layout.workers), share),
         Figure("gradients", -(-of.gradients // layout.workers), "B", f"one each{share}", ZERO),
-        _optimizer(-(-of.optimizer // layout.workers), share),
+        *_kept(of, layout.workers),
         Figure(
             "gathered", gathered, "B",
             "two blocks and what is in none, as they compute, and the gradients of a block",
@@ -157,8 +158,13 @@ def _weights(size: int, share: str) -> Figure:
     return Figure("weights", size, "B", f"4 bytes each, float32{share}", "counted")
 
 
-def _optimizer(size: int, share: str) -> Figure:
-    return Figure("optimizer", size, "B", f"its moments in float32{share}", "counted")
+def _kept(of: Footprint, workers: int) -> Iterator[Figure]:
+    """What lasts from step to step besides weights, where there is any."""
+    share = f", of which a worker has 1/{workers}" if workers > 1 else ""
+    optimizer, average = (-(-size // workers) for size in (of.optimizer, of.average))
+    yield Figure("optimizer", optimizer, "B", f"its moments in float32{share}", "counted")
+    if average:
+        yield Figure("average", average, "B", f"of the weights, float32{share}", "counted")
 
 
 def _activations(size: int, rows: int) -> Figure:

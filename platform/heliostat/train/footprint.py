@@ -24,7 +24,7 @@ from heliostat.train import loop
 from heliostat.train.optim import build_optimizer
 from heliostat.train.parallel import LOW_PRECISION, find_blocks, recompute
 
-ROWS = (2, 3)
+ROWS = (2, 3)  # one more, so that the difference is that of a row
 
 # The bytes alive after each operation of a step: gradients, casts of weights, and other.
 Moments = list[dict[str, int]]
@@ -73,6 +73,7 @@ def _measure(network: nn.Module, task: Task, signature: Signature, train: TrainS
     return Footprint(
         weights=weights + _count(network.buffers()),
         gradients=_count(p for p in network.parameters() if p.requires_grad),
+        average=_count(network.parameters()) if train.ema else 0,
         optimizer=_count(t for state in optimizer.state.values() for t in state.values()),
         largest_block=max(blocks, default=0),
         outside_blocks=weights - sum(blocks),
@@ -158,13 +159,17 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _draw(few: Moments, more: Moments, without: tuple[str, ...]) -> tuple[Line, ...]:
-    """The bytes of each moment as a line over rows, of all kinds but these; the highest lines."""
-    sums = (
+    """The bytes of each moment as a line over rows, of all kinds but these; the highest lines.
+
+    Where more rows take other operations the line is that of the highest moments.
+    """
+    lows, highs = (
         [sum(size for kind, size in moment.items() if kind not in without) for moment in moments]
         for moments in (few, more)
     )
-    step = ROWS[1] - ROWS[0]
-    slopes = ((low, (high - low) // step) for low, high in zip(*sums, strict=True))
+    if len(lows) != len(highs):
+        lows, highs = [max(lows)], [max(highs)]
+    slopes = ((low, max(0, high - low)) for low, high in zip(lows, highs, strict=True))
     return envelope(Line(low - ROWS[0] * slope, slope) for low, slope in slopes)
 
 

@@ -13,8 +13,6 @@ from heliostat.signature import Blocks, Series, Text
 from heliostat.spec import DeploySpec, GptSpec, RunSpec, TrainSpec
 from heliostat.train.footprint import measure_footprint
 
-AVERAGED = 4  # bytes of a weight's moving average, which a checkpoint holds as well
-
 
 def foresee(spec: RunSpec, rows: Rows) -> Model:
     """The model as a planner sees it.
@@ -43,13 +41,12 @@ def foresee_volume(spec: RunSpec, rows: Rows, model: Model, tokens: int | None) 
         HeliostatError: nothing says how long the run is.
     """
     train, footprint = spec.train, model.footprint(spec.train.recompute)
-    average = AVERAGED * model.parameters if train.ema else 0
     steps, stored = _count_steps(train, rows.count, model.tokens_per_row, tokens)
     return Volume(
         steps,
         stored,
         rows.row_bytes,
-        footprint.weights + footprint.optimizer + average,
+        footprint.weights + footprint.optimizer + footprint.average,
         train.keep_checkpoints,
     )
 
