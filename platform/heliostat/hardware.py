@@ -89,8 +89,8 @@ ACCELERATORS = (
                 95 * GB, 2765 * GB, 100 * GB, None, f"{_TPU}/v5p"),
 )  # fmt: skip
 
-# On demand: the price lists of AWS in us-east-1 and of Google in us-central1, Linux. Spot is what
-# most zones of the region asked for that day, and changes by the hour.
+# On demand: the price lists of AWS in us-east-1 and of Google in us-central1, Linux, as catalogues
+# of that day or year had them. Spot is the order of what the region asked for, which changes.
 MACHINES = (
     Machine("m7i.4xlarge", "aws", None, 0, 16, 64 * GIB, 1.56 * GB, 0.8064, 0.40, "2026"),
     Machine("m7i.8xlarge", "aws", None, 0, 32, 128 * GIB, 1.56 * GB, 1.6128, 0.80, "2026"),
@@ -107,14 +107,13 @@ MACHINES = (
     Machine("p5.48xlarge", "aws", "H100", 8, 192, 2048 * GIB, 400 * GB, 55.04, 14.5, "2026-11-09"),
     Machine("p5en.48xlarge", "aws", "H200", 8, 192, 2048 * GIB, 400 * GB, 63.296, 27.2,
             "2026-08-06"),
-    Machine("p6-b200.48xlarge", "aws", "B200", 8, 192, 2048 * GIB, 400 * GB, 113.9328, 46, "2026"),
+    Machine("p6-b200.48xlarge", "aws", "B200", 8, 192, 2048 * GIB, 400 * GB, 113.933, 19.1, "2026"),
     Machine("g2-standard-4", "gcp", "L4", 1, 4, 16 * GIB, 1.25 * GB, 0.7068, None, "2025"),
     Machine("a3-ultragpu-8g", "gcp", "H200", 8, 224, 2952 * GIB, 400 * GB, 83.49, 50.09,
             "2026-10-13"),
     Machine("ct5lp-hightpu-4t", "gcp", "TPU v5e", 4, 112, 192 * GIB, 12.5 * GB, 4.8, 1.39, "2026"),
     Machine("ct5p-hightpu-4t", "gcp", "TPU v5p", 4, 208, 448 * GIB, 25 * GB, 16.80, 6.57, "2026"),
 )  # fmt: skip
-PRICES = "the price lists of AWS (us-east-1) and Google Cloud (us-central1), read on the date given"
 
 
 def find_accelerator(device_name: str) -> Accelerator | None:

@@ -29,7 +29,7 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 
 
 def test_all_machines_are_compared(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = ask(capsys, spec, "--tokens", "1e6")
+    status, out, _ = ask(capsys, spec, "--tokens", "1e6", "train.gpus_per_worker=1")
     assert status == 0
     assert out.startswith("small: gpt, 170,816 parameters, ")
     (cheapest,) = (line for line in out.splitlines() if "cheapest" in line)
@@ -50,10 +50,10 @@ def test_one_machine_is_described_by_part(spec: str, capsys: pytest.CaptureFixtu
 
 
 def test_json_says_the_same(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (spec, "--tokens", "1e6", "--on", "g5.xlarge", "--utilisation", "0.3", "--json")
+    words = (spec, "--tokens", "1e6", "--on", "m7i.4xlarge", "--utilisation", "0.3", "--json")
     status, out, _ = ask(capsys, *words)
     (plan,) = json.loads(out)
-    assert (status, plan["machine"], plan["machines"], plan["fits"]) == (0, "g5.xlarge", 2, True)
+    assert (status, plan["machine"], plan["machines"], plan["fits"]) == (0, "m7i.4xlarge", 1, True)
     assert plan["memory_bytes"] == sum(part["value"] for part in plan["memory"])
     assert all(part["reason"] and part["source"] for part in plan["memory"])
     assert plan["utilisation"]["value"] == 0.3
@@ -61,7 +61,9 @@ def test_json_says_the_same(spec: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_setting_changes_the_plan(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = ask(capsys, spec, "--json", "--on", "g5.xlarge", "train.steps=5", "model.width=128")
+    _, out, _ = ask(
+        capsys, spec, "--json", "--on", "m7i.4xlarge", "train.steps=5", "model.width=128"
+    )
     (plan,) = json.loads(out)
     assert plan["run"]["steps"] == 5
     assert plan["parameters"] > 170_816
@@ -70,16 +72,15 @@ def test_a_setting_changes_the_plan(spec: str, capsys: pytest.CaptureFixture[str
 def test_what_fits_nowhere_is_told_with_a_remedy(
     spec: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    big = ("model.width=8192", "model.layers=40", "model.heads=64", "train.steps=1")
-    status, out, _ = ask(capsys, spec, *big, "train.global_batch=64", "train.workers=64")
+    size = ("model.width=8192", "model.layers=40", "model.heads=64", "train.steps=1")
+    big = (*size, "train.gpus_per_worker=1", "train.global_batch=64", "train.workers=64")
+    status, out, _ = ask(capsys, spec, *big)
     assert status == 2
     advice = out.partition("It does not fit. It would with:")[2].split()
     assert "train.strategy=fsdp" in advice
     machine = advice[advice.index("--on") + 1]
-    settings = [word for word in advice[2:] if word.startswith("train.")][:4]
-    status, out, _ = ask(
-        capsys, spec, *big, "train.global_batch=64", "train.workers=64", "--on", machine, *settings
-    )
+    settings = out.partition(f"--on {machine} ")[2].splitlines()[0].split()
+    status, out, _ = ask(capsys, spec, *big, "--on", machine, *settings)
     assert status == 0
 
 
@@ -88,7 +89,7 @@ def test_what_fits_nowhere_is_told_with_a_remedy(
     [
         ([], "give --rows or --tokens, or set train.steps"),
         (["--tokens", "1e6", "--on", "p9"], "there is no machine 'p9' in the table"),
-        (["--tokens", "1e6", "--on", "g4dn.xlarge", "train.precision=bf16"], "T4 does not compute"),
+        (["--tokens", "1e6", "--on", "g4dn.xlarge"], "wants 0 GPUs, g4dn.xlarge has 1 x T4"),
         (["model.width=63"], "width 63 is not a multiple of heads"),
     ],
 )
@@ -129,26 +130,46 @@ def test_what_depends_on_the_data_wants_it_prepared(
 
 
 def test_a_load_is_planned_in_replicas(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = ask(capsys, spec, "--requests-per-second", "50", "--new-tokens", "100")
+    load = (spec, "--requests-per-second", "50", "--prompt-tokens", "500", "--new-tokens", "100")
+    status, out, _ = ask(capsys, *load, "deploy.max_context=600")
     assert status == 0
     head, *lines = out.splitlines()
     assert head.split()[:6] == ["machines", "each", "on", "replicas", "streams", "memory"]
-    assert len(lines) > 8
+    assert all(" vCPU " in line for line in lines)  # our own engine
+    gpus = ("deploy.engine=vllm", "deploy.gpus_per_replica=1", "deploy.max_context=600")
+    _, out, _ = ask(capsys, *load, *gpus)
+    assert len(out.splitlines()) > 8
+    assert " vCPU " not in out
 
-    words = (spec, "--requests-per-second", "50", "--on", "m7i.4xlarge", "--json")
+    words = (*load, "--on", "m7i.4xlarge", "--json", "deploy.max_context=600")
     _, out, _ = ask(capsys, *words)
     (plan,) = json.loads(out)
     assert plan["replicas"]["most_requests"] >= 50
-    # 2 layers of keys and values of 64 numbers, float32, 640 tokens each of 32 streams
-    cache = 32 * 640 * 2 * 2 * 64 * 4
+    # 2 layers of keys and values of 64 numbers, float32, 600 tokens each of 32 streams
+    cache = 32 * 600 * 2 * 2 * 64 * 4
     assert plan["replicas"]["bytes"] == 170_816 * 4 + cache
 
 
 def test_what_is_too_slow_everywhere_is_said(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    load = (spec, "--requests-per-second", "1", "--latency-ms", "0.001")
+    tokens = ("--prompt-tokens", "32", "--new-tokens", "32")
+    load = (spec, "--requests-per-second", "1", "--latency-ms", "0.001", *tokens)
     status, _, err = ask(capsys, *load)
     assert status == 2
     assert "no machine of the table can" in err
-    status, _, err = ask(capsys, *load, "--on", "g5.xlarge")
+    status, _, err = ask(capsys, *load, "--on", "m7i.4xlarge")
     assert status == 2
     assert "for one stream alone" in err
+
+
+def test_a_text_that_would_be_refused_is_not_planned(
+    spec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = ask(capsys, spec, "--requests-per-second", "1", "--prompt-tokens", "64")
+    assert status == 2
+    assert "64 + 128 tokens exceeds the 64 that are served" in err
+
+
+def test_a_latency_without_a_load_is_refused(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = ask(capsys, spec, "--latency-ms", "5")
+    assert status == 2
+    assert "give --requests-per-second" in err

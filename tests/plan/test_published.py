@@ -58,7 +58,7 @@ def _measure_layers(name: str, layers: int) -> tuple[int, float]:
 
 def plan_hours(name: str, machine: str, chips: int, tokens: float, utilisation: float) -> float:
     """Hours of `chips` of them all; the exchange is part of the utilisation that is given."""
-    fleet = compose_fleet(find_machine(machine), chips, "bf16", 1)
+    fleet = compose_fleet(find_machine(machine), chips, "bf16", 1, 1)
     block = SHAPES[name][-1]
     nothing = Footprint(0, 0, 0, 0, 0, 0, 0, *((Line(0, 0),),) * 3)
     batch = 1024 * chips

@@ -1,6 +1,8 @@
 """The memory that is planned is that which the loop takes: measured on both sides, by family."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +37,8 @@ from heliostat.spec import (
     TrainSpec,
 )
 from heliostat.train import loop
+from heliostat.train.follower import Follower
 from heliostat.train.footprint import measure_footprint
-from heliostat.train.micro_batch import Meter
 from heliostat.train.optim import build_optimizer
 from heliostat.train.parallel import parallelize
 
@@ -73,19 +75,35 @@ TRAINS = {
 }
 
 
+class Peak(Follower):  # type: ignore[no-untyped-call]
+    """The most bytes of what is made within that are alive together."""
+
+    alive = most = 0
+
+    def made(self, number: int, size: int, func: Any, args: tuple[Any, ...]) -> None:
+        self.alive += size
+        self.most = max(self.most, self.alive)
+
+    def freed(self, number: int, size: int) -> None:
+        self.alive -= size
+
+
 def measure_step(model: ModelSpec, signature: Signature, train: TrainSpec, rows: int) -> int:
     """The peak of the second step of the real loop: what it makes, beside what there was."""
     network, task = build(model, signature), task_of(model, signature)
     parallel = parallelize(network, task, train, CPU)
     optimizer = build_optimizer(train.optimizer, network)
-    batch = loop.Batch(*example(signature, rows), 0, rows, weight=rows)
+
+    def batches() -> Iterator[loop.Batch]:
+        yield loop.Batch(*example(signature, rows), 0, rows, weight=rows)
+
     recipe = loop.Recipe(
         lambda _: 0.0, clip_norm=train.clip_norm, autocast=parallel.autocast, micro_batch=rows
     )
-    list(loop.fit(parallel.model, parallel.task, optimizer, [batch], recipe))
-    with (meter := Meter()):
-        list(loop.fit(parallel.model, parallel.task, optimizer, [batch], recipe))
-    return int(meter.peak_bytes)
+    list(loop.fit(parallel.model, parallel.task, optimizer, batches(), recipe))
+    with (peak := Peak()):
+        list(loop.fit(parallel.model, parallel.task, optimizer, batches(), recipe))
+    return peak.most
 
 
 def plan_step(model: ModelSpec, signature: Signature, train: TrainSpec, rows: int) -> int:

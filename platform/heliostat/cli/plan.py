@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from heliostat.spec import RunSpec
 
 MAX_REMEDIES = 3
+NOBODY = "no machine of the table can: ask for one with --on, which says why it cannot"
 AnyPlan = TypeVar("AnyPlan", "Plan", "Serving")
 
 
@@ -49,7 +50,7 @@ def add_commands(commands: Commands) -> None:
     load.add_argument("--prompt-tokens", type=_number, default=512, metavar="N", help="(512)")
     load.add_argument("--new-tokens", type=_number, default=128, metavar="N", help="(128)")
     command.add_argument("--utilisation", type=_share, help="of the peak FLOP/s, 0 to 1")
-    command.add_argument("--pue", type=_positive, default=1.15, help="of the data centre (1.15)")
+    command.add_argument("--pue", type=_pue, default=1.15, help="of the data centre (1.15)")
     add_json(command)
 
 
@@ -58,11 +59,15 @@ def plan(options: argparse.Namespace) -> int:
     from heliostat.train.foresee import foresee, foresee_volume
 
     spec = specs.load(options.spec, tuple(options.settings))
+    if options.latency_ms and not options.requests_per_second:
+        raise HeliostatError("--latency-ms is of a load: give --requests-per-second")
     rows = _find_rows(spec, options)
     if options.requests_per_second:
         return _plan_serving(spec, rows, options)
     model = foresee(spec, rows)
     plans = _make_plans(model, spec, foresee_volume(spec, rows, model, options.tokens), options)
+    if not plans:
+        raise HeliostatError(NOBODY)
     if options.json:
         print(json.dumps([_to_json(one) for one in plans]))
     else:
@@ -76,8 +81,14 @@ def _plan_serving(spec: "RunSpec", rows: "Rows", options: argparse.Namespace) ->
     from heliostat.plan.serving import Load, Texts
     from heliostat.train.foresee import find_served_precision, foresee_served
 
-    served, precision = foresee_served(spec, rows), find_served_precision(spec.deploy)
+    served, precision = foresee_served(spec, rows), find_served_precision(spec)
     texts = Texts(options.prompt_tokens, options.new_tokens)
+    context = spec.deploy.max_context or spec.data.text.block
+    if served.cache_bytes_per_token and texts.context > context:
+        raise HeliostatError(
+            f"a text of {texts.prompt:,} + {texts.new:,} tokens exceeds the {context:,} that are "
+            "served: lower --prompt-tokens or --new-tokens, or set deploy.max_context"
+        )
     load = Load(
         options.requests_per_second,
         options.latency_ms and options.latency_ms / 1000,
@@ -91,9 +102,7 @@ def _plan_serving(spec: "RunSpec", rows: "Rows", options: argparse.Namespace) ->
 
     found = _on_machines(make, options)
     if not found:
-        raise HeliostatError(
-            "no machine of the table can: ask for one with --on, which says why it cannot"
-        )
+        raise HeliostatError(NOBODY)
     if options.json:
         print(json.dumps([asdict(one) for one in found]))
     else:
@@ -136,32 +145,45 @@ def _advise(plans: "list[Plan]") -> Iterator[str]:
     by_price = sorted(plans, key=lambda plan: plan.fleet.machine.usd_per_hour)
     remedies = ((plan, find_remedy(plan)) for plan in by_price)
     found = [(plan, remedy) for plan, remedy in remedies if remedy]
-    yield ""
-    yield "It does not fit. It would with:"
-    yield from (
-        f"  --on {plan.fleet.machine.name} {remedy}" for plan, remedy in found[:MAX_REMEDIES]
-    )
+    lines = [f"  --on {plan.fleet.machine.name} {remedy}" for plan, remedy in found[:MAX_REMEDIES]]
     if len(plans) == 1 and (other := find_machine_that_fits(plans[0])):
-        yield f"  --on {other.name}"
+        lines.append(f"  --on {other.name}")
+    yield ""
+    yield "It does not fit. It would with:" if lines else "It fits no machine of the table."
+    yield from lines
 
 
 def _number(text: str) -> int:
     """`15e12` as well as `1000`."""
-    value = float(text)
+    value = _read(text)
     if not 1 <= value < 1e18 or value % 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to 1e18")
     return int(value)
 
 
+def _read(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _pue(text: str) -> float:
+    value = _read(text)
+    if not 1 <= value < 10:
+        raise argparse.ArgumentTypeError(f"{text} is no PUE: it is at least 1")
+    return value
+
+
 def _positive(text: str) -> float:
-    value = float(text)
+    value = _read(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no number above 0")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _read(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share above 0 and up to 1")
     return value
@@ -223,7 +245,7 @@ def _describe(plan: "Plan") -> Iterator[str]:
     yield render_table(
         ("run", "", "why"),
         [
-            ("network", _round(step.sent_bytes, "B"), "sent by each machine in a step; below "
+            ("network", _round(step.sent_bytes, "B"), "through the busiest link in a step; below "
              f"{_round(step.least_network, 'B/s')} it bounds the step, there are "
              f"{_round(fleet.ring_rate, 'B/s')}"),
             ("storage", _round(bill.stored_bytes, "B"), "the data and "
@@ -323,11 +345,11 @@ def _round(value: float, unit: str) -> str:
     base, infix = (1024, "i") if unit == "B" else (1000, "")
     prefixes = ("", "K", "M", "G", "T", "P", "E", "Z")
     place = 0
-    while value >= base and place < len(prefixes) - 1:
+    while value >= 999.5 and place < len(prefixes) - 1:
         value, place = value / base, place + 1
     prefix = prefixes[place] + (infix if place else "")
     return f"{value:,.3g} {prefix}{unit}"
 
 
 def _seconds(value: float) -> str:
-    return f"{value:,.2f} s" if value >= 1 else f"{1000 * value:,.3g} ms"
+    return f"{value:,.2f} s" if value >= 0.9995 else f"{1000 * value:,.3g} ms"

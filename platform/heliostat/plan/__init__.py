@@ -31,7 +31,7 @@ BESIDE_OTHERS = Figure(
     "0.5 to 0.7 GB each communicator: NCCL issue 964",
 )  # fmt: skip
 # What stays free for what an allocator cannot use, or for the rest of the machine.
-SPARE = {True: 0.2, False: 0.1}
+SPARE = {True: 0.5, False: 0.1}
 MOST_WORKERS = 1024
 
 
@@ -95,7 +95,7 @@ def make_plan(
     Raises:
         HeliostatError: the machine does not compute in this precision, or has too few CPUs.
     """
-    fleet = compose_fleet(machine, train.most_workers, train.precision, train.cpus_per_worker)
+    fleet = _compose(machine, train)
     footprint = model.footprint(train.recompute)
     room = _find_room(footprint, train, fleet)
     chosen = _choose_utilisation(utilisation)
@@ -131,13 +131,14 @@ def plan_serving(
     utilisation: float | None = None,
     pue: float = PUE,
 ) -> Serving:
-    """The fewest replicas on `machine` that take the load.
+    """The fewest replicas on `machine` that take the load; those of our own engine are on CPUs.
 
     Raises:
         HeliostatError: the machine does not compute so, a replica does not fit it, or no number of
             replicas answers in time.
     """
-    fleet = compose_fleet(machine, 1, precision, math.ceil(deploy.cpus_per_replica))
+    gpus = math.ceil(deploy.gpus_per_replica) if deploy.engine == "vllm" else 0
+    fleet = compose_fleet(machine, 1, precision, math.ceil(deploy.cpus_per_replica), gpus)
     limit = int(fleet.device.memory_bytes * (1 - SPARE[fleet.device.is_cpu]))
     limit -= round(_find_overhead(fleet).value)
     share = _choose_utilisation(utilisation).value
@@ -145,6 +146,16 @@ def plan_serving(
     fleet = replace(fleet, workers=found.count)
     kilowatts = fleet.machines * count_watts(fleet) / 1000
     return Serving(fleet, found, limit, fleet.machines * machine.usd_per_hour, kilowatts * pue)
+
+
+def _compose(machine: Machine, train: TrainSpec) -> Fleet:
+    return compose_fleet(
+        machine,
+        train.most_workers,
+        train.precision,
+        train.cpus_per_worker,
+        train.gpus_per_worker,
+    )
 
 
 def _choose_utilisation(asked: float | None) -> Figure:
@@ -185,9 +196,7 @@ def find_machine_that_fits(plan: Plan) -> Machine | None:
     footprint, train = plan.model.footprint(plan.train.recompute), plan.train
     for machine in list_machines():
         with suppress(HeliostatError):  # it has no such precision, or too few CPUs
-            fleet = compose_fleet(
-                machine, train.most_workers, train.precision, train.cpus_per_worker
-            )
+            fleet = _compose(machine, train)
             if _find_room(footprint, train, fleet).fits:
                 return machine
     return None

@@ -10,7 +10,7 @@ from heliostat.plan.step import Step
 PUE = 1.15
 # What a machine draws besides its accelerators, as a share of theirs: a DGX H100 at most 10.2 kW,
 # its eight chips 5.6. A server of CPUs alone draws by the vCPU.
-HOST_SHARE = 0.6
+HOST_SHARE = 0.8
 VCPU_WATTS = 5.0
 # Accelerators whose maker is silent count as this many watts.
 UNKNOWN_WATTS = 300.0

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-PREFIXES = {"B": 1024, "B/s": 1000, "FLOP": 1000, "FLOP/s": 1000}
-
 
 @dataclass(frozen=True)
 class Figure:

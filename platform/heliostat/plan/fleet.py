@@ -61,23 +61,32 @@ def find_machine(name: str) -> Machine:
     raise HeliostatError(f"there is no machine {name!r:.80} in the table: use one of {known}")
 
 
-def compose_fleet(machine: Machine, workers: int, precision: str, cpus_per_worker: int) -> Fleet:
-    """`workers` on as many of `machine` as they need.
+def compose_fleet(machine: Machine, workers: int, precision: str, cpus: int, gpus: int) -> Fleet:
+    """`workers` on as many of `machine` as they need; each wants so many CPUs and accelerators.
 
     Raises:
-        HeliostatError: the machine does not compute in `precision`, or has fewer CPUs than a worker
-            wants.
+        HeliostatError: the machine does not compute in `precision`, or has less than one wants.
     """
-    if machine.accelerator is None:
-        per_machine = machine.vcpus // cpus_per_worker
-        if not per_machine:
-            raise HeliostatError(
-                f"a worker wants {cpus_per_worker} CPUs, {machine.name} has {machine.vcpus}: "
-                "lower train.cpus_per_worker or take a larger machine"
-            )
-        return Fleet(machine, _share_cpus(machine, cpus_per_worker), workers, per_machine)
+    if bool(machine.accelerators) != bool(gpus):
+        has = (
+            f"{machine.accelerators} x {machine.accelerator}" if machine.accelerators else "no GPU"
+        )
+        raise HeliostatError(
+            f"a worker or replica wants {gpus} GPUs, {machine.name} has {has}: set "
+            "train.gpus_per_worker, of a replica deploy.gpus_per_replica with deploy.engine=vllm"
+        )
+    per_machine = machine.vcpus // cpus
+    if gpus:
+        per_machine = min(per_machine, machine.accelerators // gpus)
+    if not per_machine:
+        raise HeliostatError(
+            f"a worker or replica wants {cpus} CPUs and {gpus} GPUs, {machine.name} has "
+            f"{machine.vcpus} and {machine.accelerators}: ask for less or take a larger machine"
+        )
+    if not gpus:
+        return Fleet(machine, _share_cpus(machine, cpus), workers, per_machine)
     chip = next(a for a in ACCELERATORS if a.name == machine.accelerator)
-    return Fleet(machine, _take(chip, precision), workers, machine.accelerators)
+    return Fleet(machine, _take(chip, precision), workers, per_machine)
 
 
 def _take(chip: Accelerator, precision: str) -> Device:

@@ -133,13 +133,19 @@ def _replicated(of: Footprint, layout: Layout, rows: int) -> tuple[Figure, ...]:
 
 
 def _sharded(of: Footprint, layout: Layout, rows: int) -> tuple[Figure, ...]:
-    """Two blocks are gathered at once, the one that computes and the one after it."""
+    """Two blocks are gathered at once, the one that computes and the one after it.
+
+    Gradients are whole on each worker while they are added up over micro batches.
+    """
     share, width = f", of which a worker has 1/{layout.workers}", WIDTHS[layout.precision]
     numbers = (2 * of.largest_block + of.outside_blocks) // FLOAT
-    gathered = numbers * width + of.largest_block
+    gathered = numbers * width + max(of.largest_block, of.outside_blocks)
+    gradients, kept = -(-of.gradients // layout.workers), f"one each{share}"
+    if layout.accumulates:
+        gradients, kept = of.gradients, "one each, whole until the last micro batch"
     return (
         _weights(-(-of.weights // layout.workers), share),
-        Figure("gradients", -(-of.gradients // layout.workers), "B", f"one each{share}", ZERO),
+        Figure("gradients", gradients, "B", kept, ZERO),
         *_kept(of, layout.workers),
         Figure(
             "gathered", gathered, "B",
@@ -168,7 +174,7 @@ def _kept(of: Footprint, workers: int) -> Iterator[Figure]:
 
 
 def _activations(size: int, rows: int) -> Figure:
-    reason = f"the most alive at once with {rows:,} rows in flight, copies in low precision too"
+    reason = f"the most alive at once with {rows:,} rows in flight"
     return Figure("activations", size, "B", reason, "the step, run on tensors without values")
 
 

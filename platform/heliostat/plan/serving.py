@@ -33,7 +33,7 @@ class Texts:
 class Load:
     """Requests in a second, and the seconds in which 95 % of them are to be answered.
 
-    Of texts `latency` is what a token may take; None where any time is well.
+    Of texts `latency` is what a token may take on average; None where any time is well.
     """
 
     requests: float
@@ -58,7 +58,7 @@ class Served:
 class Replicas:
     """How many, and of each: the streams or rows at once, its bytes, and what is answered.
 
-    `latency` is the 95th percentile of a request, or the seconds of a token; `most_requests` what
+    `latency` is the 95th percentile of a request, or the mean of a token; `most_requests` what
     all of them could take in a second.
     """
 
@@ -107,14 +107,17 @@ def _plan_rows(
     served: Served, load: Load, device: Device, limit: int, utilisation: float
 ) -> Replicas:
     _check_room(served.weight_bytes, limit)
-    service = REQUEST_SECONDS + served.flops / (device.flops * utilisation)
+    service = REQUEST_SECONDS + max(
+        served.flops / (device.flops * utilisation),
+        served.weight_bytes / (MEMORY_SHARE * device.bandwidth),
+    )
     if load.latency is not None and service > load.latency:
         raise HeliostatError(
             f"a request takes {1000 * service:.3g} ms on {device.name} when nothing else does, "
             f"{1000 * load.latency:g} ms are allowed: take a faster machine or a smaller model"
         )
     work = load.requests * service
-    count = max(1, math.ceil(work / BUSIEST))
+    count = _check_count(max(1, math.ceil(work / BUSIEST)))
     while service + wait_quantile(count, work, service) > (load.latency or math.inf):
         count += 1
     latency = service + wait_quantile(count, work, service)
@@ -147,19 +150,31 @@ def _plan_streams(
         )
 
     prompt = texts.prompt * served.flops / (device.flops * utilisation)
+
+    def latency(at_once: int) -> float:
+        """Of a token on average: the prompts of the others come between."""
+        return at_once * prompt / texts.new + token(at_once)
+
     at_once = fitting
     if load.latency is not None:
-        at_once = next((n for n in range(fitting, 0, -1) if token(n) <= load.latency), 0)
+        at_once = next((n for n in range(fitting, 0, -1) if latency(n) <= load.latency), 0)
     if not at_once:
         raise HeliostatError(
-            f"a token takes {1000 * token(1):.3g} ms on {device.name} for one stream alone, "
+            f"a token takes {1000 * latency(1):.3g} ms on {device.name} for one stream alone, "
             f"{1000 * (load.latency or 0):g} ms are allowed: take a device with faster memory"
         )
-    seconds = at_once * prompt + texts.new * token(at_once)  # of so many requests together
-    each = at_once / seconds
-    count = max(1, math.ceil(load.requests / (each * BUSIEST)))
+    each = at_once / (texts.new * latency(at_once))
+    count = _check_count(max(1, math.ceil(load.requests / (each * BUSIEST))))
     bytes_held = served.weight_bytes + at_once * cache
-    return Replicas(count, at_once, bytes_held, token(at_once), count * each * BUSIEST)
+    return Replicas(count, at_once, bytes_held, latency(at_once), count * each * BUSIEST)
+
+
+def _check_count(count: int) -> int:
+    if count > MOST_REPLICAS:
+        raise HeliostatError(
+            f"the load needs more than {MOST_REPLICAS:,} replicas: take a faster machine"
+        )
+    return count
 
 
 def _check_room(needed: int, limit: int) -> None:

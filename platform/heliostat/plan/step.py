@@ -79,6 +79,8 @@ def estimate_step(
         latency = 2 * (layout.workers - 1) * RING_LATENCY_SECONDS
         exchange = sent / (RING_SHARE * fleet.ring_rate) + latency
     hidden = HIDDEN_SHARE[layout.strategy] * compute
+    if layout.strategy == "ddp":
+        hidden /= passes  # gradients travel with the last micro batch alone
     exposed = max(0.0, exchange - hidden)
     return Step(compute, update, exchange, exposed, sent, hidden)
 

@@ -1,17 +1,13 @@
 """The memory of a training step, found on tensors that have shapes and no values: no device."""
 
-import weakref
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from heliostat.errors import HeliostatError
 from heliostat.models import Task, build, task_of
@@ -21,6 +17,7 @@ from heliostat.plan.memory import Footprint, Line, envelope
 from heliostat.signature import Signature
 from heliostat.spec import CustomSpec, ModelSpec, RnnSpec, TrainSpec
 from heliostat.train import loop
+from heliostat.train.follower import Follower, key_of
 from heliostat.train.optim import build_optimizer
 from heliostat.train.parallel import LOW_PRECISION, find_blocks, recompute
 
@@ -98,64 +95,47 @@ def _accumulate(
         torch.autograd.backward(measured["loss"] / (rows * task.units))
 
 
-class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down each storage that is made and freed, and after which operation.
+class _Log(Follower):  # type: ignore[no-untyped-call]
+    """Writes down what is made and freed, and after which operation that makes something.
 
-    `kernels` counts the operations that made one, which views do not.
+    Those are its `kernels`; views are none.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._network = network
-        self._weights = {_key_of(parameter) for parameter in network.parameters()}
-        self._numbers: dict[int, int] = {}  # an address serves one storage after another
+        self._weights = {key_of(parameter) for parameter in network.parameters()}
         self._casts = set[int]()
         self._changes: list[tuple[int, int]] = []
         self._operations: list[int] = []
-        self._serial = count()
-        self.kernels = 0
         self.moments: Moments = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        known = len(self._changes)
-        is_cast = func is torch.ops.aten._to_copy.default and _key_of(args[0]) in self._weights
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage(), is_cast)
-        self.kernels += len(self._changes) > known
+    @property
+    def kernels(self) -> int:
+        return len(self._operations)
+
+    def made(self, number: int, size: int, func: Any, args: tuple[Any, ...]) -> None:
+        if func is torch.ops.aten._to_copy.default and key_of(args[0]) in self._weights:
+            self._casts.add(number)
+        self._changes.append((number, size))
         self._operations.append(len(self._changes))
-        return made
+
+    def freed(self, number: int, size: int) -> None:
+        self._changes.append((number, -size))
 
     def sort(self) -> None:
         """Sum up by kind what was alive after each operation, while the gradients are there."""
         gradients = {
-            self._numbers[_key_of(p.grad)]
-            for p in self._network.parameters()
-            if p.grad is not None and _key_of(p.grad) in self._numbers
+            self.number_of(p.grad) for p in self._network.parameters() if p.grad is not None
         }
-        kinds = dict.fromkeys(self._casts, "cast") | dict.fromkeys(gradients, "gradient")
+        kinds: dict[int | None, str] = dict.fromkeys(self._casts, "cast")
+        kinds |= dict.fromkeys(gradients, "gradient")
         alive, place = Counter[str](), 0
         for end in self._operations:
             for number, size in self._changes[place:end]:
                 alive[kinds.get(number, "other")] += size
             place = end
             self.moments.append(dict(alive))
-
-    def _follow(self, storage: torch.UntypedStorage, is_cast: bool) -> None:
-        key = storage._cdata
-        if key in self._numbers:
-            return
-        self._numbers[key] = number = next(self._serial)
-        if is_cast:
-            self._casts.add(number)
-        self._changes.append((number, storage.nbytes()))
-        weakref.finalize(storage, self._forget, key, storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self._changes.append((self._numbers.pop(key), -size))
 
 
 def _draw(few: Moments, more: Moments, without: tuple[str, ...]) -> tuple[Line, ...]:
@@ -175,8 +155,3 @@ def _draw(few: Moments, more: Moments, without: tuple[str, ...]) -> tuple[Line, 
 
 def _count(tensors: Iterable[Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def _key_of(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key

@@ -9,8 +9,8 @@ from heliostat.plan import Model
 from heliostat.plan.bill import Volume
 from heliostat.plan.memory import WIDTHS, Footprint
 from heliostat.plan.serving import Served
-from heliostat.signature import Blocks, Series, Text
-from heliostat.spec import DeploySpec, GptSpec, RunSpec, TrainSpec
+from heliostat.signature import Blocks
+from heliostat.spec import GptSpec, RunSpec, TrainSpec
 from heliostat.train.footprint import measure_footprint
 
 
@@ -28,7 +28,7 @@ def foresee(spec: RunSpec, rows: Rows) -> Model:
         return measure_footprint(spec.model, rows.signature, train)
 
     of = rows.signature.input
-    length = of.length if isinstance(of, Blocks | Text | Series) else 1
+    length = of.length if isinstance(of, Blocks) else 1
     return Model(spec.name, cost.parameters, cost.train_flops_per_sample, length, footprint)
 
 
@@ -52,13 +52,13 @@ def foresee_volume(spec: RunSpec, rows: Rows, model: Model, tokens: int | None) 
 
 
 def foresee_served(spec: RunSpec, rows: Rows) -> Served:
-    """The model as replicas hold it: in float32, or as vLLM holds it on GPUs, in bf16.
+    """The model as replicas hold it: in float32, or as vLLM holds it on GPUs.
 
     Raises:
         HeliostatError: the family does not suit the data, or a user's own network looks at values.
     """
     cost, of = measure_cost(spec.model, rows.signature), rows.signature.input
-    width = WIDTHS[find_served_precision(spec.deploy)]
+    width = WIDTHS[find_served_precision(spec)]
     weights = cost.parameters * width
     if not isinstance(spec.model, GptSpec) or not isinstance(of, Blocks):
         return Served(cost.flops_per_sample, weights)
@@ -68,27 +68,25 @@ def foresee_served(spec: RunSpec, rows: Rows) -> Served:
     return Served(cost.flops_per_sample / of.length, weights, numbers * width)
 
 
-def find_served_precision(deploy: DeploySpec) -> str:
-    return "bf16" if deploy.engine == "vllm" else "fp32"
+def find_served_precision(spec: RunSpec) -> str:
+    if spec.model.kind != "gpt" or spec.deploy.engine != "vllm":
+        return "fp32"
+    return {"float32": "fp32", "float16": "fp16"}.get(spec.deploy.vllm.dtype, "bf16")
 
 
 def _count_steps(
     train: TrainSpec, rows: int | None, tokens_per_row: int, tokens: int | None
 ) -> tuple[int, int]:
-    """The steps of the run, and the rows that it needs."""
-    ends = [
-        train.steps,
-        *(_steps_of(train, tokens_per_row, of) for of in (train.stop.tokens, tokens)),
-    ]
+    """The steps of the run, and the rows that it needs; `tokens` put aside what the spec says."""
+    step_tokens = tokens_per_row * train.global_batch
+    ends = [train.steps, train.stop.tokens and -(-train.stop.tokens // step_tokens)]
     if rows:
         ends.append(train.epochs * -(-rows // train.global_batch))
+    if tokens:
+        ends = [-(-tokens // step_tokens)]
     known = [steps for steps in ends if steps]
     if not known:
         raise HeliostatError(
             "how long the run is depends on the data: give --rows or --tokens, or set train.steps"
         )
     return min(known), rows or min(known) * train.global_batch
-
-
-def _steps_of(train: TrainSpec, tokens_per_row: int, tokens: int | None) -> int | None:
-    return tokens and -(-tokens // (tokens_per_row * train.global_batch))

@@ -183,13 +183,13 @@ def _measure_cuda(step: Callable[[], None]) -> int | None:
 
 def _measure_cpu(step: Callable[[], None]) -> int | None:
     """Bytes of the tensors that were made and alive together at most."""
-    meter = Meter()
+    meter = _Meter()
     with meter:
         step()
     return int(meter.peak_bytes)
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storage of every tensor that an operation makes, until it is freed."""
 
     def __init__(self) -> None:
