@@ -75,10 +75,12 @@ TRAINS = {
 }
 
 
-class Peak(Follower):  # type: ignore[no-untyped-call]
-    """The most bytes of what is made within that are alive together."""
+class Peak:
+    """The most bytes of what is made within its follower that are alive together."""
 
-    alive = most = 0
+    def __init__(self) -> None:
+        self.follower = Follower(self.made, self.freed)
+        self.alive = self.most = 0
 
     def made(self, number: int, size: int, func: Any, args: tuple[Any, ...]) -> None:
         self.alive += size
@@ -101,7 +103,8 @@ def measure_step(model: ModelSpec, signature: Signature, train: TrainSpec, rows:
         lambda _: 0.0, clip_norm=train.clip_norm, autocast=parallel.autocast, micro_batch=rows
     )
     list(loop.fit(parallel.model, parallel.task, optimizer, batches(), recipe))
-    with (peak := Peak()):
+    peak = Peak()
+    with peak.follower:
         list(loop.fit(parallel.model, parallel.task, optimizer, batches(), recipe))
     return peak.most
 

@@ -1,6 +1,7 @@
 """Every storage that operations make, from the operation that makes it until it is freed."""
 
 import weakref
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -9,24 +10,23 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+Made = Callable[[int, int, Any, tuple[Any, ...]], None]
+Freed = Callable[[int, int], None]
+
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls `made` and `freed` with a number for each storage and its bytes.
+    """Calls `made` and `freed` with a number for each storage and its bytes, `made` also with the
+    operation and what that was given.
 
     What was there before, as the weights that a view shows again, is not made. An address serves
     one storage after another, a number does not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, made: Made, freed: Freed) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._made, self._freed = made, freed
         self._numbers: dict[int, int] = {}
         self._serial = count()
-
-    def made(self, number: int, size: int, func: Any, args: tuple[Any, ...]) -> None:
-        raise NotImplementedError
-
-    def freed(self, number: int, size: int) -> None:
-        raise NotImplementedError
 
     def number_of(self, tensor: Tensor) -> int | None:
         """That of the storage of `tensor`, None if it was not made within."""
@@ -44,12 +44,12 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ):
                 size = _local(leaf).untyped_storage().nbytes()
                 self._numbers[key] = number = next(self._serial)
-                self.made(number, size, func, args)
+                self._made(number, size, func, args)
                 weakref.finalize(_local(leaf).untyped_storage(), self._free, key, size)
         return results
 
     def _free(self, key: int, size: int) -> None:
-        self.freed(self._numbers.pop(key), size)
+        self._freed(self._numbers.pop(key), size)
 
 
 def key_of(tensor: Tensor) -> int:

@@ -54,7 +54,8 @@ def _measure(network: nn.Module, task: Task, signature: Signature, train: TrainS
         recompute(network)
 
     def run(rows: int) -> _Log:
-        with (log := _Log(network)):
+        log = _Log(network)
+        with log.follower:
             optimizer.zero_grad(set_to_none=True)
             _accumulate(network, task, signature, train, rows)
             loop.clip(network, train.clip_norm)
@@ -95,14 +96,14 @@ def _accumulate(
         torch.autograd.backward(measured["loss"] / (rows * task.units))
 
 
-class _Log(Follower):  # type: ignore[no-untyped-call]
+class _Log:
     """Writes down what is made and freed, and after which operation that makes something.
 
     Those are its `kernels`; views are none.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
+        self.follower = Follower(self._made, self._freed)
         self._network = network
         self._weights = {key_of(parameter) for parameter in network.parameters()}
         self._casts = set[int]()
@@ -114,19 +115,21 @@ class _Log(Follower):  # type: ignore[no-untyped-call]
     def kernels(self) -> int:
         return len(self._operations)
 
-    def made(self, number: int, size: int, func: Any, args: tuple[Any, ...]) -> None:
+    def _made(self, number: int, size: int, func: Any, args: tuple[Any, ...]) -> None:
         if func is torch.ops.aten._to_copy.default and key_of(args[0]) in self._weights:
             self._casts.add(number)
         self._changes.append((number, size))
         self._operations.append(len(self._changes))
 
-    def freed(self, number: int, size: int) -> None:
+    def _freed(self, number: int, size: int) -> None:
         self._changes.append((number, -size))
 
     def sort(self) -> None:
         """Sum up by kind what was alive after each operation, while the gradients are there."""
         gradients = {
-            self.number_of(p.grad) for p in self._network.parameters() if p.grad is not None
+            self.follower.number_of(p.grad)
+            for p in self._network.parameters()
+            if p.grad is not None
         }
         kinds: dict[int | None, str] = dict.fromkeys(self._casts, "cast")
         kinds |= dict.fromkeys(gradients, "gradient")
