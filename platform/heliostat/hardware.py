@@ -92,6 +92,7 @@ ACCELERATORS = (
 # On demand: the price lists of AWS in us-east-1 and of Google in us-central1, Linux, as catalogues
 # of that day or year had them. Spot is the order of what the region asked for, which changes.
 MACHINES = (
+    Machine("m7i.2xlarge", "aws", None, 0, 8, 32 * GIB, 1.56 * GB, 0.4032, 0.20, "2026"),
     Machine("m7i.4xlarge", "aws", None, 0, 16, 64 * GIB, 1.56 * GB, 0.8064, 0.40, "2026"),
     Machine("m7i.8xlarge", "aws", None, 0, 32, 128 * GIB, 1.56 * GB, 1.6128, 0.80, "2026"),
     Machine("g4dn.xlarge", "aws", "T4", 1, 4, 16 * GIB, 3.1 * GB, 0.526, 0.21, "2026"),
