@@ -21,7 +21,7 @@ from heliostat.models import Task, build, task_of
 from heliostat.models.dropout import Dropout
 from heliostat.signature import Classes, Signature, Vector
 from heliostat.spec import MlpSpec, OptimizerSpec, TrainSpec
-from heliostat.train import loop, micro_batch
+from heliostat.train import loop, room
 from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer
 from heliostat.train.parallel import parallelize
@@ -139,7 +139,7 @@ def search(room_bytes: int, world_size: int = 1) -> int:
     parallel = parallelize(model, TASK, spec, CPU, world_size)
     optimizer = build_optimizer(OPTIMIZER, model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(micro_batch._AVAILABLE, "cpu", lambda device: room_bytes)
+        patch.setitem(room._AVAILABLE, "cpu", lambda device: room_bytes)
         found = fit_micro_batch(parallel, optimizer, SIGNATURE, spec, CPU, world_size=world_size)
     return found.rows
 

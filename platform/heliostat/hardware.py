@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from heliostat.errors import HeliostatError
+
 GB, TERA, MIB, GIB = 10**9, 10**12, 2**20, 2**30
 
 
@@ -115,6 +117,15 @@ MACHINES = (
     Machine("ct5lp-hightpu-4t", "gcp", "TPU v5e", 4, 112, 192 * GIB, 12.5 * GB, 4.8, 1.39, "2026"),
     Machine("ct5p-hightpu-4t", "gcp", "TPU v5p", 4, 208, 448 * GIB, 25 * GB, 16.80, 6.57, "2026"),
 )  # fmt: skip
+
+
+def find_machine(name: str) -> Machine:
+    """Raises HeliostatError: there is no such machine in the table."""
+    for machine in MACHINES:
+        if machine.name == name:
+            return machine
+    known = ", ".join(machine.name for machine in MACHINES)
+    raise HeliostatError(f"there is no machine {name!r:.80} in the table: use one of {known}")
 
 
 def find_accelerator(device_name: str) -> Accelerator | None:

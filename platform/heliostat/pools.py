@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from pydantic import Field, StrictBool, field_validator, model_validator
 
-from heliostat.hardware import MACHINES, Machine
+from heliostat.errors import HeliostatError
+from heliostat.hardware import Machine, find_machine
 from heliostat.spec.section import Natural, Positive, PositiveFloat, Section
 
 Purpose = Literal["data", "training", "serving"]
@@ -17,15 +18,16 @@ DECLARED = 1000
 ASKED = 0.001
 # The node label that names the purpose, for people and for label selectors.
 LABEL = "heliostat/pool"
+# And the one that names the machine as the table of hardware does, from which a run has its price.
+MACHINE_LABEL = "heliostat/machine"
 
 
-def find_machine(name: str) -> Machine:
-    """Raises ValueError: it is not in the table of hardware."""
-    found = next((machine for machine in MACHINES if machine.name == name), None)
-    if found is None:
-        known = ", ".join(machine.name for machine in MACHINES)
-        raise ValueError(f"there is no machine {name!r:.80} in the table: use one of {known}")
-    return found
+def check_machine(name: str) -> str:
+    """`name` for pydantic, which expects a ValueError where the table has no such machine."""
+    try:
+        return find_machine(name).name
+    except HeliostatError as error:
+        raise ValueError(str(error)) from error
 
 
 class PoolSpec(Section):
@@ -43,8 +45,7 @@ class PoolSpec(Section):
     @field_validator("machine")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        find_machine(name)
-        return name
+        return check_machine(name)
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "PoolSpec":
@@ -67,8 +68,7 @@ class ClusterSpec(Section):
     @field_validator("head")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        find_machine(name)
-        return name
+        return check_machine(name)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,11 @@ class NodeType:
     @property
     def labels(self) -> dict[str, str]:
         market = "spot" if self.spot else "on-demand"
-        return {LABEL: self.purpose, "ray.io/market-type": market}
+        return {
+            LABEL: self.purpose,
+            MACHINE_LABEL: self.machine.name,
+            "ray.io/market-type": market,
+        }
 
 
 def list_node_types(cluster: ClusterSpec) -> list[NodeType]:

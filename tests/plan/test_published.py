@@ -4,11 +4,11 @@ from functools import cache
 
 import pytest
 
-from heliostat.hardware import ACCELERATORS
+from heliostat.hardware import ACCELERATORS, find_machine
 from heliostat.models.cost import measure_cost
 from heliostat.plan.bill import Volume, add_up
 from heliostat.plan.figure import Figure
-from heliostat.plan.fleet import compose_fleet, find_machine
+from heliostat.plan.fleet import compose_fleet
 from heliostat.plan.memory import Footprint, Layout, Line
 from heliostat.plan.step import Work, estimate_step
 from heliostat.signature import Blocks, NextToken, Signature

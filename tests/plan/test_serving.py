@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heliostat.errors import HeliostatError
-from heliostat.plan.fleet import Device, compose_fleet, find_machine
+from heliostat.hardware import find_machine
+from heliostat.plan.fleet import Device, compose_fleet
 from heliostat.plan.serving import (
     BUSIEST,
     REQUEST_SECONDS,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from heliostat.data import stream
 from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError
 from heliostat.local import Cluster
+from heliostat.plan import calibration
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
 from heliostat.train import checkpoint
@@ -54,6 +55,44 @@ def make_data(store: Store, rows: dict[str, int] = ROWS) -> Manifest:
 def weights(result: Result) -> np.ndarray:
     tensors = safetensors.numpy.load(result.weights)
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def test_what_a_run_took_is_kept_with_what_was_planned_and_corrects_the_next(
+    store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = make_data(store)
+    document = spec.dump(make_run(store, workers=1))
+    document["model"]["hidden"] = [512, 512]  # its checkpoint is more than what describes it
+    run = spec.parse(document)
+    first = train(run, manifest)
+    assert "\nplan: " in capfd.readouterr().out
+    (hardware,) = {entry.key.split("/")[1] for entry in store.list("calibration/")}
+    (record,) = calibration.load(store, hardware)
+    assert record.run == first.run
+    assert record.steps == first.step
+    for taken in (record.planned, record.measured):
+        assert min(asdict(taken).values()) > 0
+    assert 1 <= record.measured.checkpoint_bytes / record.planned.checkpoint_bytes < 1.1
+    assert 0.5 < record.measured.memory_bytes / record.planned.memory_bytes < 2
+    again = run.train.model_copy(update={"seed": 2})
+    train(run.model_copy(update={"train": again}), manifest)
+    assert "by 1 run on this hardware), 20 steps in " in capfd.readouterr().out
+    assert len(calibration.load(store, hardware)) == 2
+
+
+def test_a_run_that_cannot_fit_is_refused_and_leaves_no_worker(
+    store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Beside its start: 2 million rows at once in flight are more than the machine has."""
+    manifest = make_data(store)
+    model = {"kind": "mlp", "hidden": [4096] * 8}
+    document = spec.dump(make_run(store, global_batch=2**21, workers=1))
+    with pytest.raises(
+        HeliostatError, match=r"GiB for each: it would fit with train\.micro_batch="
+    ):
+        train(spec.parse({**document, "model": model}), manifest)
+    assert not list(store.list("calibration/"))
+    assert not [one for one in list_actors() if "Train" in one.class_name and one.state == "ALIVE"]
 
 
 def test_any_worker_count_trains_the_same_model(store: Store) -> None:

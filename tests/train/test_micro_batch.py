@@ -25,7 +25,7 @@ from heliostat.signature import (
     Vector,
 )
 from heliostat.spec import MlpSpec, OptimizerSpec, TrainSpec
-from heliostat.train import micro_batch
+from heliostat.train import micro_batch, room
 from heliostat.train.micro_batch import find_largest, fit_micro_batch, foresee
 from heliostat.train.optim import build_optimizer
 from heliostat.train.parallel import Parallel, parallelize
@@ -107,7 +107,7 @@ def test_a_micro_batch_takes_no_more_than_is_free(
     """In AdamW a weight has a gradient and two moments; a row keeps its hidden layer, twice."""
     spec = SPEC.model_copy(update={"global_batch": 4096})
     parallel, optimizer = make(spec)
-    monkeypatch.setitem(micro_batch._AVAILABLE, "cpu", lambda device: room_bytes)
+    monkeypatch.setitem(room._AVAILABLE, "cpu", lambda device: room_bytes)
     found = fit_micro_batch(parallel, optimizer, WIDE, spec, CPU)
     free_bytes = room_bytes * (1 - micro_batch.RESERVE["cpu"]) - 3 * 4 * WIDTH * HIDDEN
     row_bytes = 4 * 2 * HIDDEN
@@ -115,6 +115,6 @@ def test_a_micro_batch_takes_no_more_than_is_free(
 
 
 def test_one_row_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(micro_batch._AVAILABLE, "cpu", lambda device: 10**5)
+    monkeypatch.setitem(room._AVAILABLE, "cpu", lambda device: 10**5)
     with pytest.raises(HeliostatError, match=r"rows of 400 numbers\) does not fit the 0.0 GiB"):
         fit_micro_batch(*make(), WIDE, SPEC, CPU)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from heliostat.cli.options import Commands, add_command, add_json, open_store
 from heliostat.cli.output import render_table
 from heliostat.errors import HeliostatError
+from heliostat.plan.figure import as_quantity, as_seconds
 
 if TYPE_CHECKING:
     from heliostat.data.expected import Rows
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from heliostat.plan import Model, Plan, Serving
     from heliostat.plan.bill import Volume
     from heliostat.spec import RunSpec
+    from heliostat.storage import Store
 
 MAX_REMEDIES = 3
+# What --on is called for the cluster that runs.
+CLUSTER = "cluster"
 NOBODY = "no machine of the table can: ask for one with --on, which says why it cannot"
 AnyPlan = TypeVar("AnyPlan", "Plan", "Serving")
 
@@ -39,7 +43,11 @@ def add_commands(commands: Commands) -> None:
     )
     command.add_argument("spec", metavar="SPEC", help="the spec of a run")
     command.add_argument("settings", nargs="*", metavar="key=value", help="changes of the spec")
-    command.add_argument("--on", metavar="MACHINE", help="a machine of the table (default: all)")
+    command.add_argument(
+        "--on",
+        metavar="MACHINE",
+        help="a machine of the table, or `cluster`: the one that runs (default: all of the table)",
+    )
     command.add_argument("--rows", type=_number, help="rows of an epoch, where none are prepared")
     command.add_argument("--tokens", type=_number, help="what the run is trained on in all")
     load = command.add_argument_group("instead of training it, serving it")
@@ -61,11 +69,13 @@ def plan(options: argparse.Namespace) -> int:
     spec = specs.load(options.spec, tuple(options.settings))
     if options.latency_ms and not options.requests_per_second:
         raise HeliostatError("--latency-ms is of a load: give --requests-per-second")
+    machine = _find_machine(spec, options)  # before anything else imports Ray
     rows = _find_rows(spec, options)
     if options.requests_per_second:
-        return _plan_serving(spec, rows, options)
+        return _plan_serving(spec, rows, machine, options)
     model = foresee(spec, rows)
-    plans = _make_plans(model, spec, foresee_volume(spec, rows, model, options.tokens), options)
+    volume = foresee_volume(spec, rows, model, options.tokens)
+    plans = _make_plans(model, spec, volume, machine, options)
     if not plans:
         raise HeliostatError(NOBODY)
     if options.json:
@@ -76,7 +86,9 @@ def plan(options: argparse.Namespace) -> int:
     return 0 if any(one.room.fits for one in plans) else 2
 
 
-def _plan_serving(spec: "RunSpec", rows: "Rows", options: argparse.Namespace) -> int:
+def _plan_serving(
+    spec: "RunSpec", rows: "Rows", machine: "Machine | None", options: argparse.Namespace
+) -> int:
     from heliostat.plan import plan_serving
     from heliostat.plan.serving import Load, Texts
     from heliostat.train.foresee import find_served_precision, foresee_served
@@ -100,7 +112,7 @@ def _plan_serving(spec: "RunSpec", rows: "Rows", options: argparse.Namespace) ->
             served, load, spec.deploy, machine, precision, options.utilisation, options.pue
         )
 
-    found = _on_machines(make, options)
+    found = _on_machines(make, machine)
     if not found:
         raise HeliostatError(NOBODY)
     if options.json:
@@ -110,14 +122,12 @@ def _plan_serving(spec: "RunSpec", rows: "Rows", options: argparse.Namespace) ->
     return 0
 
 
-def _on_machines(
-    make: "Callable[[Machine], AnyPlan]", options: argparse.Namespace
-) -> "list[AnyPlan]":
-    """What is planned on the machine asked for, or on all that can."""
-    from heliostat.plan.fleet import find_machine, list_machines
+def _on_machines(make: "Callable[[Machine], AnyPlan]", asked: "Machine | None") -> "list[AnyPlan]":
+    """What is planned on the machine `asked` for, or on all of the table that can."""
+    from heliostat.plan.fleet import list_machines
 
-    if options.on:
-        return [make(find_machine(options.on))]
+    if asked:
+        return [make(asked)]
     plans = []
     for machine in list_machines():
         with suppress(HeliostatError):
@@ -125,15 +135,58 @@ def _on_machines(
     return plans
 
 
+def _find_machine(spec: "RunSpec", options: argparse.Namespace) -> "Machine | None":
+    """That of --on; of a cluster the one that RAY_ADDRESS names, or else the laptop's."""
+    import logging
+    import os
+
+    from heliostat import hardware, local
+
+    if options.on != CLUSTER:
+        return hardware.find_machine(options.on) if options.on else None
+
+    if "RAY_ADDRESS" not in os.environ:
+        cluster = local.find(local.locate(options.home))
+        if cluster is None:
+            raise HeliostatError(
+                f"--on {CLUSTER}: no cluster runs here and RAY_ADDRESS names none: start one with "
+                "`heliostat up` or name a machine of the table"
+            )
+        os.environ.update(cluster.env)
+    import ray  # reads this process's environment
+
+    from heliostat.train.site import find_machine
+
+    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    return find_machine(spec.train)
+
+
 def _make_plans(
-    model: "Model", spec: "RunSpec", volume: "Volume", options: argparse.Namespace
+    model: "Model",
+    spec: "RunSpec",
+    volume: "Volume",
+    machine: "Machine | None",
+    options: argparse.Namespace,
 ) -> "list[Plan]":
-    from heliostat.plan import make_plan
+    from heliostat.plan import Assumptions, correct_plan, make_plan
+    from heliostat.plan.calibration import load, name_hardware
+
+    assumed, store = Assumptions(options.utilisation, options.pue), _find_store(spec, options)
 
     def make(machine: "Machine") -> "Plan":
-        return make_plan(model, spec.train, volume, machine, options.utilisation, options.pue)
+        plan = make_plan(model, spec.train, volume, machine, assumed)
+        return correct_plan(plan, load(store, name_hardware(machine))) if store else plan
 
-    return _on_machines(make, options)
+    return _on_machines(make, machine)
+
+
+def _find_store(spec: "RunSpec", options: argparse.Namespace) -> "Store | None":
+    """Where earlier runs lie, if it can be reached from here."""
+    with suppress(HeliostatError):
+        store = open_store(argparse.Namespace(root=spec.root, home=options.home))
+        next(store.list("calibration/"), None)
+        return store
+    return None
 
 
 def _advise(plans: "list[Plan]") -> Iterator[str]:
@@ -206,7 +259,7 @@ def _describe_model(model: "Model", spec: "RunSpec") -> Iterator[str]:
     per_token = f" ({model.tokens_per_row:,} tokens)" if model.tokens_per_row > 1 else ""
     yield (
         f"{model.name}: {spec.model.kind}, {model.parameters:,} parameters, "
-        f"{_round(model.flops_per_row, 'FLOP')} for a row{per_token}, forward and backward"
+        f"{as_quantity(model.flops_per_row, 'FLOP')} for a row{per_token}, forward and backward"
     )
     train = spec.train
     yield (
@@ -221,44 +274,63 @@ def _describe(plan: "Plan") -> Iterator[str]:
         f"on {fleet.machines} x {fleet.machine.name} ({fleet.device.name}, {fleet.workers} workers)"
     )
     yield ""
-    rows = [(p.name, _round(p.value, p.unit), p.reason, p.source) for p in plan.room.parts]
-    rows.append(("total", _round(plan.room.bytes, "B"), _say_fit(plan), ""))
+    rows = [(p.name, as_quantity(p.value, p.unit), p.reason, p.source) for p in plan.room.parts]
+    rows.append(("total", as_quantity(plan.room.bytes, "B"), _say_fit(plan), ""))
     yield render_table(("memory of a worker", "", "why", "source"), rows)
     yield ""
-    overlap = f"{_seconds(step.exchange)} of exchange, all but this is hidden by computing"
+    overlap = f"{as_seconds(step.exchange)} of exchange, all but this is hidden by computing"
     yield render_table(
         ("step", "", "why", "source"),
         [
-            ("compute", _seconds(step.compute), f"{plan.utilisation.value:.0%} of "
-             f"{_round(fleet.device.flops, 'FLOP/s')}: {plan.utilisation.reason}",
+            ("compute", as_seconds(step.compute), f"{plan.utilisation.value:.0%} of "
+             f"{as_quantity(fleet.device.flops, 'FLOP/s')}: {plan.utilisation.reason}",
              plan.utilisation.source),
-            ("update", _seconds(step.update), "weights, gradients and moments through memory",
+            ("update", as_seconds(step.update), "weights, gradients and moments through memory",
              "roofline (Williams et al. 2009)"),
-            ("exchange", _seconds(step.exposed), overlap, "a ring (Patarasuk & Yuan 2009)"),
-            ("step", _seconds(step.seconds),
+            ("exchange", as_seconds(step.exposed), overlap, "a ring (Patarasuk & Yuan 2009)"),
+            *_list_corrections(plan),
+            ("step", as_seconds(step.seconds),
              f"{plan.train.global_batch * plan.model.tokens_per_row / step.seconds:,.0f} "
              f"{'tokens' if plan.model.tokens_per_row > 1 else 'rows'}/s", ""),
         ],
     )  # fmt: skip
     yield ""
-    spot = f", ${bill.usd_spot:,.2f} on spot" if bill.usd_spot else ""
     yield render_table(
         ("run", "", "why"),
         [
-            ("network", _round(step.sent_bytes, "B"), "through the busiest link in a step; below "
-             f"{_round(step.least_network, 'B/s')} it bounds the step, there are "
-             f"{_round(fleet.ring_rate, 'B/s')}"),
-            ("storage", _round(bill.stored_bytes, "B"), "the data and "
+            ("network", as_quantity(step.sent_bytes, "B"),
+             "through the busiest link in a step; below "
+             f"{as_quantity(step.least_network, 'B/s')} it bounds the step, there are "
+             f"{as_quantity(fleet.ring_rate, 'B/s')}"),
+            ("storage", as_quantity(bill.stored_bytes, "B"), "the data and "
              f"{volume.kept_checkpoints + 1} checkpoints of "
-             f"{_round(volume.checkpoint_bytes, 'B')}"),
-            ("reading", _round(bill.read_bytes_per_second, "B/s"), "to keep the workers busy"),
-            ("checkpoint", _seconds(bill.checkpoint_seconds), "to be away, beside the steps"),
+             f"{as_quantity(volume.checkpoint_bytes, 'B')}"),
+            ("reading", as_quantity(bill.read_bytes_per_second, "B/s"), "to keep the workers busy"),
+            ("checkpoint", as_seconds(bill.checkpoint_seconds), "to be away, beside the steps"),
             ("time", f"{bill.hours:,.2f} h", f"{bill.steps:,} steps"),
-            ("money", f"${bill.usd:,.2f}", f"{bill.machine_hours:,.1f} machine-hours at "
-             f"${fleet.machine.usd_per_hour:,.2f} ({fleet.machine.priced}){spot}"),
+            ("money", *_say_price(plan)),
             ("energy", f"{bill.kwh:,.2f} kWh", "full load, and what the data centre adds (PUE)"),
         ],
     )  # fmt: skip
+
+
+def _list_corrections(plan: "Plan") -> Iterator[tuple[str, str, str, str]]:
+    factor = plan.assumed.correction.step
+    if factor.runs:
+        what = f"what a step took, of what it was planned to, {factor.say_runs()}"
+        yield "correction", f"x {factor.value:.2f}", what, "calibration/ in the bucket"
+
+
+def _say_price(plan: "Plan") -> tuple[str, str]:
+    bill, machine = plan.bill, plan.fleet.machine
+    if not machine.usd_per_hour:
+        return (
+            "not known",
+            f"{bill.machine_hours:,.1f} machine-hours; it is not in the table",
+        )
+    spot = f", ${bill.usd_spot:,.2f} on spot" if bill.usd_spot else ""
+    price = f"${machine.usd_per_hour:,.2f} ({machine.priced})"
+    return f"${bill.usd:,.2f}", f"{bill.machine_hours:,.1f} machine-hours at {price}{spot}"
 
 
 def _compare(plans: "list[Plan]") -> Iterator[str]:
@@ -274,9 +346,9 @@ def _compare(plans: "list[Plan]") -> Iterator[str]:
             (
                 f"{fleet.machines} x {fleet.machine.name}",
                 fleet.device.name,
-                f"{_round(plan.room.bytes, 'B')} of {_round(plan.room.limit_bytes, 'B')}",
+                f"{as_quantity(plan.room.bytes, 'B')} of {as_quantity(plan.room.limit_bytes, 'B')}",
                 *(
-                    (f"{plan.room.rows:,}", _seconds(plan.step.seconds), f"{bill.hours:,.2f}",
+                    (f"{plan.room.rows:,}", as_seconds(plan.step.seconds), f"{bill.hours:,.2f}",
                      f"{bill.usd:,.2f}", f"{bill.usd_spot:,.2f}" if bill.usd_spot else "",
                      f"{bill.kwh:,.2f}", " ".join(marks))
                     if plan.room.fits
@@ -300,8 +372,8 @@ def _list_servings(servings: "list[Serving]", streams: bool) -> Iterator[str]:
                 fleet.device.name,
                 f"{found.count:,}",
                 *((f"{found.at_once:,}",) if streams else ()),
-                f"{_round(found.bytes, 'B')} of {_round(one.limit_bytes, 'B')}",
-                _seconds(found.latency),
+                f"{as_quantity(found.bytes, 'B')} of {as_quantity(one.limit_bytes, 'B')}",
+                as_seconds(found.latency),
                 f"{found.most_requests:,.4g}",
                 f"{one.usd_per_hour:,.2f}",
                 f"{730 * one.usd_per_hour:,.0f}",
@@ -317,7 +389,7 @@ def _list_servings(servings: "list[Serving]", streams: bool) -> Iterator[str]:
 
 def _say_fit(plan: "Plan") -> str:
     if not plan.room.fits:
-        return f"does not fit: {_round(plan.room.limit_bytes, 'B')} can be used"
+        return f"does not fit: {as_quantity(plan.room.limit_bytes, 'B')} can be used"
     spare = 1 - plan.room.bytes / plan.fleet.device.memory_bytes
     return f"fits with {spare:.0%} spare, {plan.room.most_rows:,} rows would at most"
 
@@ -337,19 +409,5 @@ def _to_json(plan: "Plan") -> dict[str, object]:
         "utilisation": asdict(plan.utilisation),
         "step": asdict(plan.step) | {"seconds": plan.step.seconds},
         "run": asdict(plan.bill),
+        "correction": asdict(plan.assumed.correction),
     }
-
-
-def _round(value: float, unit: str) -> str:
-    """`1.5 GiB`, `2 GB/s`, `3.1 PFLOP`: bytes that are kept by 1024, rates by 1000."""
-    base, infix = (1024, "i") if unit == "B" else (1000, "")
-    prefixes = ("", "K", "M", "G", "T", "P", "E", "Z")
-    place = 0
-    while value >= 999.5 and place < len(prefixes) - 1:
-        value, place = value / base, place + 1
-    prefix = prefixes[place] + (infix if place else "")
-    return f"{value:,.3g} {prefix}{unit}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.2f} s" if value >= 0.9995 else f"{1000 * value:,.3g} ms"

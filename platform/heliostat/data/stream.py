@@ -115,6 +115,7 @@ class ChunkReader:
         self._bundles: Iterator[Any] = iter(())
         self._kept: dict[int, list[ray.ObjectRef]] = {}
         self._next = -1  # the first one is a start as well
+        self._read_bytes = 0
         self._turn = asyncio.Lock()
         context = ray.data.DataContext.get_current()
         configure(context)
@@ -133,6 +134,13 @@ class ChunkReader:
                     await asyncio.to_thread(self._advance, index)
         return self._kept[index]
 
+    def read_bytes(self) -> int:
+        """Bytes of the chunks that came from the bucket, as they are stored there."""
+        return self._read_bytes
+
+    def _count(self, index: int) -> None:
+        self._read_bytes += sum(self._spans[part].bytes for part in self._order.chunk(index).parts)
+
     def _advance(self, index: int) -> None:
         if index != self._next:
             self._start(index)
@@ -149,6 +157,7 @@ class ChunkReader:
         self._kept.clear()
         self._cache.clear()  # a node may have gone with some of it
         table = _told(lambda: _read_chunk(self._store, self._spans, self._order, index))
+        self._count(index)
         block = ray.put(table)
         self._cache.add(index, block, table.nbytes)
         self._keep(block)
@@ -164,6 +173,7 @@ class ChunkReader:
         if bundle is None:
             self._bundles = self._read(self._next)
             bundle = next(self._bundles)
+        self._count(self._next)
         (block,) = bundle.block_refs
         self._cache.add(self._next, block, bundle.size_bytes())
         return block

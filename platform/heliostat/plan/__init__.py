@@ -1,14 +1,15 @@
 """What a model needs before any of it is rented: arithmetic over measured costs and data sheets."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from heliostat.errors import HeliostatError
 from heliostat.hardware import GIB, Machine
-from heliostat.plan.bill import PUE, Bill, Volume, add_up, count_watts
+from heliostat.plan.bill import PUE, START_SECONDS, Bill, Volume, add_up, count_watts
+from heliostat.plan.calibration import UNCORRECTED, Correction, Record, Taken, correct
 from heliostat.plan.figure import Figure
 from heliostat.plan.fleet import Fleet, compose_fleet, list_machines
 from heliostat.plan.memory import Footprint, Layout, estimate_memory, most_rows, total
@@ -69,6 +70,23 @@ class Room:
 
 
 @dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes as given.
+
+    `utilisation` of the peak FLOP/s, None: what large runs reached. `spare` is the share of memory
+    that stays free, of machines without accelerators and of accelerators.
+    """
+
+    utilisation: float | None = None
+    pue: float = PUE
+    correction: Correction = UNCORRECTED
+    spare: Mapping[bool, float] = field(default_factory=lambda: SPARE)
+
+
+ASSUMED = Assumptions()
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run on machines of one kind."""
 
@@ -80,6 +98,18 @@ class Plan:
     utilisation: Figure
     step: Step
     bill: Bill
+    assumed: Assumptions
+
+    @property
+    def taken(self) -> Taken:
+        """What the run will take, as it is measured afterwards."""
+        return Taken(
+            self.room.bytes,
+            self.step.seconds,
+            self.volume.checkpoint_bytes,
+            self.volume.row_bytes * self.train.global_batch,
+            self.bill.hours,
+        )
 
 
 def make_plan(
@@ -87,8 +117,7 @@ def make_plan(
     train: TrainSpec,
     volume: Volume,
     machine: Machine,
-    utilisation: float | None = None,
-    pue: float = PUE,
+    assumed: Assumptions = ASSUMED,
 ) -> Plan:
     """The plan of `train` on `machine`, with the most workers that it asks for.
 
@@ -97,8 +126,8 @@ def make_plan(
     """
     fleet = _compose(machine, train)
     footprint = model.footprint(train.recompute)
-    room = _find_room(footprint, train, fleet)
-    chosen = _choose_utilisation(utilisation)
+    room = _find_room(footprint, train, fleet, assumed)
+    chosen = _choose_utilisation(assumed.utilisation)
     work = Work(
         model.flops_per_row,
         train.global_batch,
@@ -107,8 +136,17 @@ def make_plan(
         train.compile,
     )
     step = estimate_step(work, footprint, room.layout, fleet, chosen.value)
-    bill = add_up(volume, step, train.global_batch, fleet, pue)
-    return Plan(model, train, volume, fleet, room, chosen, step, bill)
+    step = step.scale(assumed.correction.step.value)
+    start = assumed.correction.start_seconds
+    seconds = START_SECONDS if start is None else start
+    bill = add_up(volume, step, train.global_batch, fleet, assumed.pue, seconds)
+    return Plan(model, train, volume, fleet, room, chosen, step, bill, assumed)
+
+
+def correct_plan(plan: Plan, records: Sequence[Record]) -> Plan:
+    """`plan`, which is uncorrected, as earlier runs on the same hardware correct it."""
+    assumed = replace(plan.assumed, correction=correct(records, plan.taken))
+    return make_plan(plan.model, plan.train, plan.volume, plan.fleet.machine, assumed)
 
 
 @dataclass(frozen=True)
@@ -164,28 +202,44 @@ def _choose_utilisation(asked: float | None) -> Figure:
     return Figure("utilisation", UTILISATION, "", "what large runs reached", LLAMA)
 
 
-def _find_room(footprint: Footprint, train: TrainSpec, fleet: Fleet) -> Room:
+def _find_room(
+    footprint: Footprint,
+    train: TrainSpec,
+    fleet: Fleet,
+    assumed: Assumptions,
+) -> Room:
     """The micro batch that is asked for, or the largest that fits."""
-    limit = int(fleet.device.memory_bytes * (1 - SPARE[fleet.device.is_cpu]))
+    limit = int(fleet.device.memory_bytes * (1 - assumed.spare[fleet.device.is_cpu]))
+    usable = int(limit / assumed.correction.memory.value)
     share = -(-train.global_batch // fleet.workers)
     wanted = min(train.micro_batch, share) if isinstance(train.micro_batch, int) else share
     layout = Layout(
         train.strategy, train.precision, fleet.workers, wanted < share, _find_overhead(fleet)
     )
-    most = most_rows(footprint, layout, limit, share)
+    most = most_rows(footprint, layout, usable, share)
     if train.micro_batch == "auto" and most < share:
         layout = replace(layout, accumulates=True)
-        most = wanted = most_rows(footprint, layout, limit, share)
-    parts = estimate_memory(footprint, layout, max(wanted, 1))
+        most = wanted = most_rows(footprint, layout, usable, share)
+    parts = _correct_memory(estimate_memory(footprint, layout, max(wanted, 1)), assumed.correction)
     return Room(layout, wanted if wanted <= most else 0, most, limit, parts)
+
+
+def _correct_memory(parts: tuple[Figure, ...], correction: Correction) -> tuple[Figure, ...]:
+    factor = correction.memory
+    if not factor.runs:
+        return parts
+    more = (factor.value - 1) * total(parts)
+    why = f"x {factor.value:.2f}: what was taken of what was planned, {factor.say_runs()}"
+    return (*parts, Figure("correction", more, "B", why, "calibration/ in the bucket"))
 
 
 def find_remedy(plan: Plan) -> str | None:
     """The smallest change of the train section with which it fits on such machines, if any does."""
     for changes in _list_changes(plan.train):
         train = plan.train.model_copy(update=changes)
-        fleet = replace(plan.fleet, workers=train.most_workers)
-        room = _find_room(plan.model.footprint(train.recompute), train, fleet)
+        fleet = _compose(plan.fleet.machine, train)
+        footprint = plan.model.footprint(train.recompute)
+        room = _find_room(footprint, train, fleet, plan.assumed)
         if room.fits:
             return " ".join(f"train.{key}={_write(value)}" for key, value in changes.items())
     return None
@@ -197,7 +251,7 @@ def find_machine_that_fits(plan: Plan) -> Machine | None:
     for machine in list_machines():
         with suppress(HeliostatError):  # it has no such precision, or too few CPUs
             fleet = _compose(machine, train)
-            if _find_room(footprint, train, fleet).fits:
+            if _find_room(footprint, train, fleet, ASSUMED).fits:
                 return machine
     return None
 

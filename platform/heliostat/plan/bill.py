@@ -45,13 +45,20 @@ class Bill:
     checkpoint_seconds: float
 
 
-def add_up(volume: Volume, step: Step, global_batch: int, fleet: Fleet, pue: float) -> Bill:
+def add_up(
+    volume: Volume,
+    step: Step,
+    global_batch: int,
+    fleet: Fleet,
+    pue: float,
+    start_seconds: float = START_SECONDS,
+) -> Bill:
     """The bill of a run on `fleet`, all of whose machines run from its start to its end.
 
     Checkpoints are written beside the steps and take `checkpoint_seconds` to be away. Energy is
     power times hours times PUE (Patterson et al. 2021, section 2.3).
     """
-    hours = (START_SECONDS + volume.steps * step.seconds) / 3600
+    hours = (start_seconds + volume.steps * step.seconds) / 3600
     machine_hours = hours * fleet.machines
     spot = fleet.machine.spot_usd_per_hour
     return Bill(

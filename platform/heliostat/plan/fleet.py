@@ -52,15 +52,6 @@ def list_machines() -> list[Machine]:
     return sorted(able, key=lambda machine: machine.usd_per_hour)
 
 
-def find_machine(name: str) -> Machine:
-    """Raises HeliostatError: there is no such machine in the table."""
-    for machine in MACHINES:
-        if machine.name == name:
-            return machine
-    known = ", ".join(machine.name for machine in MACHINES)
-    raise HeliostatError(f"there is no machine {name!r:.80} in the table: use one of {known}")
-
-
 def compose_fleet(machine: Machine, workers: int, precision: str, cpus: int, gpus: int) -> Fleet:
     """`workers` on as many of `machine` as they need; each wants so many CPUs and accelerators.
 
@@ -84,8 +75,14 @@ def compose_fleet(machine: Machine, workers: int, precision: str, cpus: int, gpu
             f"{machine.vcpus} and {machine.accelerators}: ask for less or take a larger machine"
         )
     if not gpus:
-        return Fleet(machine, _share_cpus(machine, cpus), workers, per_machine)
-    chip = next(a for a in ACCELERATORS if a.name == machine.accelerator)
+        together = min(workers, per_machine)
+        return Fleet(machine, _share_cpus(machine, cpus, together), workers, per_machine)
+    chip = next((a for a in ACCELERATORS if a.name == machine.accelerator), None)
+    if chip is None:
+        raise HeliostatError(
+            f"{machine.accelerator} is not in the table of accelerators: plan with --on a machine "
+            "that has one of " + ", ".join(one.name for one in ACCELERATORS)
+        )
     return Fleet(machine, _take(chip, precision), workers, per_machine)
 
 
@@ -106,13 +103,14 @@ def _take(chip: Accelerator, precision: str) -> Device:
     )
 
 
-def _share_cpus(machine: Machine, cpus: int) -> Device:
+def _share_cpus(machine: Machine, cpus: int, together: int) -> Device:
+    """CPUs are a worker's own; memory is shared by those that are `together` on the machine."""
     return Device(
         f"{cpus} vCPU",
         cpus * VCPU_FLOPS,
         cpus * VCPU_BANDWIDTH,
         LOOPBACK,
-        machine.memory_bytes * cpus // machine.vcpus,
+        machine.memory_bytes // together,
         None,
         True,
     )

@@ -1,6 +1,6 @@
 """How long a step takes: computing, updating weights, and what of the exchange is not hidden."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heliostat.plan.fleet import Fleet
 from heliostat.plan.memory import FLOAT, WIDTHS, Footprint, Layout
@@ -48,6 +48,15 @@ class Step:
     @property
     def seconds(self) -> float:
         return self.compute + self.update + self.exposed
+
+    def scale(self, factor: float) -> "Step":
+        """The same step, all of it so much longer."""
+        return replace(
+            self,
+            compute=factor * self.compute,
+            update=factor * self.update,
+            exposed=factor * self.exposed,
+        )
 
     @property
     def least_network(self) -> float:

@@ -146,6 +146,7 @@ class Ledger:
         self._since = clock()
         self._step = self._checkpoints = 0
         self._repeated_seconds = 0.0
+        self._warm_seconds, self._warm_steps = 0.0, 0
 
     def count(self, report: StepReport) -> None:
         """All since the last call was the step of `report`: waiting for its rows, then work."""
@@ -161,7 +162,14 @@ class Ledger:
         else:
             self._seconds[DATA] += waited
             self._seconds[PRODUCTIVE] += seconds - waited
+            self._warm_seconds += seconds - waited
+            self._warm_steps += 1
         self._step, self._kind = report.step, PRODUCTIVE
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step on average, without waiting for rows and without the first; 0 before any."""
+        return self._warm_seconds / self._warm_steps if self._warm_steps else 0.0
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:

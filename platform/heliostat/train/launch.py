@@ -22,6 +22,7 @@ from heliostat.spec import RunSpec
 from heliostat.spec.difference import refuse_changes
 from heliostat.storage import Conflict, Store
 from heliostat.train import checkpoint, lease, scoring
+from heliostat.train.ahead import look_ahead
 from heliostat.train.checkpoint import Corrupt
 from heliostat.train.failures import Failures
 from heliostat.train.job import Job, failure_key, result_key
@@ -98,10 +99,12 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
             flush=True,
         )
         job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
-        with scoring.beside(scorer) if scorer else contextlib.nullcontext():
-            _run_workers(job, store, manifest, order)
-        if (result := _finished(store, name, steps, scorer)) is None:
-            raise HeliostatError(_failure(store, name))
+        with look_ahead(run, manifest, store) as ahead:
+            with scoring.beside(scorer) if scorer else contextlib.nullcontext():
+                read_bytes = _run_workers(job, store, manifest, order)
+            if (result := _finished(store, name, steps, scorer)) is None:
+                raise HeliostatError(_failure(store, name))
+            ahead.keep(name, read_bytes)
     return result
 
 
@@ -132,7 +135,8 @@ def _say_workers(run: RunSpec) -> str:
     return f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
 
 
-def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> None:
+def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> int:
+    """Train to the end; the bytes that were read from the bucket for it."""
     store.delete(failure_key(job.run))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=job.reader)
     actor = reader.remote(store, manifest, "train", order, job.steps, job.spec.train.cache_share)
@@ -140,6 +144,8 @@ def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> No
     actor.chunk.remote(order.locate(_reached(store, job))[0])
     try:
         _fit(job)
+        read_bytes: int = ray.get(actor.read_bytes.remote())
+        return read_bytes
     except ray.train.TrainingFailedError as error:
         raise HeliostatError(_failure(store, job.run, error)) from error
     except RayActorError as error:

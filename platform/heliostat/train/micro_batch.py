@@ -4,10 +4,8 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
@@ -21,17 +19,10 @@ from heliostat.signature import Signature
 from heliostat.spec import TrainSpec
 from heliostat.train import loop
 from heliostat.train.parallel import Parallel
+from heliostat.train.room import count_free
 
 # What is left free: for the caches and fragments of the allocator, or for the rest of the machine.
 RESERVE = {"cuda": 0.1, "cpu": 0.5}
-# A container's limit and its use of it, in version 2 and 1 of cgroups.
-CGROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ def fit_micro_batch(
     Raises:
         HeliostatError: one row does not fit.
     """
-    there = _AVAILABLE[device.type](device) // (neighbours if device.type == "cpu" else 1)
+    there = count_free(device, neighbours)
     limit = there * (1 - RESERVE[device.type])
     measured: dict[int, int] = {}
 
@@ -220,21 +211,4 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live_bytes -= self._bytes.pop(key)
 
 
-def _count_free_cuda(device: torch.device) -> int:
-    """Bytes of the GPU that are free or PyTorch's already."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
-
-
-def _count_free_cpu(device: torch.device) -> int:
-    """Bytes of the machine that are free, within the limit of the container."""
-    limits = [
-        int(limit.read_text()) - int(used.read_text())
-        for limit, used in CGROUPS
-        if limit.exists() and limit.read_text().strip().isdigit()
-    ]
-    return int(min([psutil.virtual_memory().available, *limits]))
-
-
 _METERS = {"cuda": _measure_cuda, "cpu": _measure_cpu}
-_AVAILABLE = {"cuda": _count_free_cuda, "cpu": _count_free_cpu}

@@ -1,5 +1,7 @@
-"""What a device could do at best: the divisor of MFU, from its data sheet or measured."""
+"""What a device could do at best, the divisor of MFU, and the most memory that was taken of it."""
 
+import resource
+import sys
 import time
 from dataclasses import dataclass
 
@@ -38,6 +40,16 @@ def find_peak(device: torch.device, precision: str) -> Peak:
     if published := peak_flops(name, precision):
         return Peak(name, precision, published, "data sheet")
     return Peak(name, precision, _measure(device, DTYPES[precision]), "a matrix product, measured")
+
+
+def measure_memory(device: torch.device) -> int:
+    """Bytes at the peak of this process: of the GPU, with what CUDA takes itself, or resident."""
+    if device.type != "cuda":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    free, total = torch.cuda.mem_get_info(device)
+    context = max(0, total - free - torch.cuda.memory_reserved(device))
+    return torch.cuda.max_memory_reserved(device) + context
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:

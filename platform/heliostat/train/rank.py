@@ -30,9 +30,10 @@ from heliostat.train.lease import raise_fence
 from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer, rate_at
 from heliostat.train.parallel import Parallel, parallelize
-from heliostat.train.peak import find_peak
+from heliostat.train.peak import find_peak, measure_memory
 from heliostat.train.progress import Progress, Workload
 from heliostat.train.reader import read_newest
+from heliostat.train.room import refuse_what_cannot_fit
 from heliostat.train.state import State
 from heliostat.train.stop import (
     HIGHER_IS_BETTER,
@@ -185,13 +186,20 @@ class _Worker:
         return self._train.optimizer.lr * share
 
     def _build(self) -> tuple[Parallel, State, Average | None]:
-        model = self._job.spec.model
+        model, world_size = self._job.spec.model, self._ranks.world_size
+        refuse_what_cannot_fit(
+            model,
+            self._manifest.signature,
+            self._train,
+            self._place.device,
+            world_size=world_size,
+            neighbours=self._place.neighbours,
+        )
         torch.manual_seed(self._train.seed)
         network = build(model, self._manifest.signature)
         if model.init:
             load_pretrained(network, model, self._manifest.signature)
         task = task_of(model, self._manifest.signature)
-        world_size = self._ranks.world_size
         parallel = parallelize(network, task, self._train, self._place.device, world_size)
         optimizer = build_optimizer(self._train.optimizer, network)
         average = Average(network, self._train.ema) if self._train.ema else None
@@ -353,6 +361,9 @@ class _Worker:
             "checkpoint": best or (saved.key if saved else None),
             "parameters": count_parameters(self._state.model),
             "metrics": self._progress.metrics,
+            "memory_bytes": measure_memory(self._place.device),
+            "step_seconds": self._ledger.step_seconds,
+            "hours": self._ledger.total.wall_seconds / 3600,
         }
         self._store.write(result_key(self._job.run), json.dumps(result).encode())
 
