@@ -1,5 +1,6 @@
 """How a program runs: positional arguments in, a sentence instead of a traceback out."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -28,6 +29,10 @@ def conclude(act: Callable[[], int | None]) -> int:
     except HeliostatError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:
+        # Who read what is printed has left, as `head` does; Python would say so when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("stopped: interrupted", file=sys.stderr, flush=True)
         return 130

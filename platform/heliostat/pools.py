@@ -20,6 +20,8 @@ ASKED = 0.001
 LABEL = "heliostat/pool"
 # And the one that names the machine as the table of hardware does, from which a run has its price.
 MACHINE_LABEL = "heliostat/machine"
+# Ray's own label for whether a node is spot capacity.
+MARKET_LABEL = "ray.io/market-type"
 
 
 def check_machine(name: str) -> str:
@@ -99,7 +101,7 @@ class NodeType:
         return {
             LABEL: self.purpose,
             MACHINE_LABEL: self.machine.name,
-            "ray.io/market-type": market,
+            MARKET_LABEL: market,
         }
 
 

@@ -16,6 +16,7 @@ from heliostat.errors import HeliostatError
 
 if TYPE_CHECKING:
     from heliostat.local import Cluster, Listen, Usage
+    from heliostat.pools import ClusterSpec
 
 OTHER_CREDENTIALS = ("AWS_PROFILE", "AWS_SESSION_TOKEN")
 SHOWN_PIDS = 8
@@ -53,8 +54,10 @@ def up(options: argparse.Namespace) -> None:
     from heliostat import local
 
     home = local.locate(options.home)
-    listen = _read_listen(options)
-    cluster = local.start(home, free_ports=options.free_ports, listen=listen, report=print_now)
+    listen, pools = _read_listen(options), _read_pools(options)
+    cluster = local.start(
+        home, free_ports=options.free_ports, listen=listen, pools=pools, report=print_now
+    )
     print(f"\n{_render_status(cluster)}")
 
 
@@ -127,7 +130,22 @@ def _add_up(commands: Commands) -> None:
             "heliostat up",
             "heliostat up --free-ports --home /tmp/second",
             "heliostat up --bind 0.0.0.0 --tls-cert edge.pem",
+            "heliostat up --autoscale idle_timeout_minutes=0.5 training.max_workers=2",
         ],
+    )
+    command.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="with --autoscale: changes of the cluster's description",
+    )
+    command.add_argument(
+        "--autoscale",
+        action="store_true",
+        help="bring nodes when something asks for them: processes here that stand for machines",
+    )
+    command.add_argument(
+        "--cluster", metavar="FILE", help="with --autoscale: the description of the cluster"
     )
     command.add_argument("--free-ports", action="store_true", help="choose ports that are free")
     _add_listen(command)
@@ -189,6 +207,18 @@ def _read_listen(options: argparse.Namespace) -> "Listen | None":
             file=sys.stderr,
         )
     return listen
+
+
+def _read_pools(options: argparse.Namespace) -> "ClusterSpec | None":
+    from heliostat import spec
+    from heliostat.pools import ClusterSpec
+
+    if options.autoscale:
+        defaults = ClusterSpec().model_dump(mode="json")
+        return spec.load_section(ClusterSpec, options.cluster, tuple(options.settings), defaults)
+    if options.settings or options.cluster:
+        raise HeliostatError("a description of a cluster is for --autoscale: add that")
+    return None
 
 
 def _parse_address(text: str) -> str:

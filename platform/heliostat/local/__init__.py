@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from heliostat.environment import (
@@ -30,6 +30,7 @@ from heliostat.local.home import (
 )
 from heliostat.local.home import Listen as Listen
 from heliostat.local.home import locate as locate
+from heliostat.pools import ClusterSpec
 
 BUCKET = "heliostat"
 
@@ -132,13 +133,16 @@ def start(
     free_ports: bool = False,
     with_ray: bool = True,
     listen: Listen | None = None,
+    pools: ClusterSpec | None = None,
     report: Report = lambda line: None,
 ) -> Cluster:
     """Start what does not run yet of store, Ray with Serve, and edge; a line per step to `report`.
 
+    With `pools` the head is one that scales: each of their nodes is a raylet on this machine.
+
     Raises:
         HeliostatError: a port is taken or a part does not come up, and nothing of this call stays;
-            or the cluster that runs was told to `listen` elsewhere.
+            or the cluster that runs was told to `listen` elsewhere or has other `pools`.
     """
     furnish(home)
     with lock(home):
@@ -147,11 +151,16 @@ def start(
             report("The last cluster here ended without `heliostat down`: starting anew.")
             _end(home, state)
             state = None
-        state = state or _plan(free_ports, listen or Listen())
+        state = state or replace(_plan(free_ports, listen or Listen()), pools=pools)
         if listen not in (None, state.listen):
             raise HeliostatError(
                 f"the edge of {home.path} listens at {edge.describe(state).url} already: "
                 f"`heliostat down` first, which keeps the data"
+            )
+        if pools not in (None, state.pools):
+            raise HeliostatError(
+                f"the cluster of {home.path} was started with other pools: `heliostat down` first, "
+                "which keeps the data"
             )
         wanted = PARTS if with_ray else (STORE,)
         missing = [part for part in wanted if not _runs(state, part)]

@@ -17,7 +17,7 @@ from heliostat.environment import (
     Ports,
 )
 from heliostat.errors import HeliostatError
-from heliostat.local import processes
+from heliostat.local import processes, scaling
 from heliostat.local.edge import describe, find_haproxy
 from heliostat.local.home import Home, State, write_private
 
@@ -104,6 +104,9 @@ def launch(home: Home, state: State, environment: Mapping[str, str]) -> "subproc
         "object-store-memory": state.bounds.object_store_bytes,
         "temp-dir": state.ray_directory,
     }
+    if state.pools:
+        options["autoscaling-config"] = scaling.write_config(home, state, state.pools)
+        environment = {**environment, **scaling.SETTINGS}
     command = [*PYTHON, "ray.scripts.scripts", "start", "--head"]
     command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
     return processes.launch(state.marker(NAME), command, environment, home.ray_log)

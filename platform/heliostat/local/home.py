@@ -11,6 +11,7 @@ from pathlib import Path
 
 from heliostat.environment import MachineBounds, Ports
 from heliostat.errors import HeliostatError
+from heliostat.pools import ClusterSpec
 
 MARKER_FILE = ".heliostat-home"
 
@@ -40,6 +41,11 @@ class Home:
     @property
     def state(self) -> Path:
         return self.path / "state.json"
+
+    @property
+    def capacity(self) -> Path:
+        """How many machines there are for the autoscaler to take, if somebody wrote it down."""
+        return self.path / "capacity.json"
 
     @property
     def objects(self) -> Path:
@@ -80,13 +86,17 @@ class Listen:
 
 @dataclass(frozen=True)
 class State:
-    """What `up` decided: the marker of its processes, their ports, bounds and scratch directory."""
+    """What `up` decided: the marker of its processes, their ports, bounds and scratch directory.
+
+    With `pools` the head brings nodes and lets them go.
+    """
 
     instance: str
     ports: Ports
     bounds: MachineBounds
     scratch: Path
     listen: Listen = Listen()
+    pools: ClusterSpec | None = None
 
     def marker(self, part: str) -> str:
         """What the processes of a part carry and nobody else does."""
@@ -158,13 +168,16 @@ def read_state(home: Home) -> State | None:
             MachineBounds(**document["bounds"]),
             Path(document["scratch"]),
             Listen(**document["listen"]),
+            ClusterSpec.model_validate(document["pools"]) if document.get("pools") else None,
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_state(home: Home, state: State) -> None:
-    write_private(home.state, json.dumps(asdict(state), indent=2, default=str))
+    pools = state.pools.model_dump(mode="json") if state.pools else None
+    document = asdict(state) | {"pools": pools}
+    write_private(home.state, json.dumps(document, indent=2, default=str))
 
 
 def write_private(path: Path, text: str) -> None:

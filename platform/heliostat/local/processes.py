@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -45,28 +46,33 @@ def clean_environment() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if not name.startswith(FOREIGN)}
 
 
-def find(marker: str) -> list[psutil.Process]:
+def find(marker: str, more: Mapping[str, str] = MappingProxyType({})) -> list[psutil.Process]:
     """The living processes that carry `marker` in their environment, and their descendants.
+
+    With `more`, those of them whose environment has that as well.
 
     A marker is random and inherited, so a recycled process id can never be taken for one of ours.
     `info["name"]` of a process is its name as it was then; to ask for it later may fail.
     """
     living = [process for process in psutil.process_iter(["name", "ppid"]) if _is_alive(process)]
-    ours = {process.pid for process in living if _read_marker(process) == marker}
+    carried = {MARKER: marker, **more}.items()
+    ours = {process.pid for process in living if carried <= _read_environment(process).items()}
     while grown := {process.pid for process in living if process.info["ppid"] in ours} - ours:
         ours |= grown
     return [process for process in living if process.pid in ours - {os.getpid()}]
 
 
-def end(marker: str, grace_seconds: float) -> list[int]:
-    """SIGTERM, after `grace_seconds` SIGKILL, until nothing carries `marker`; the ids of the ended.
+def end(
+    marker: str, grace_seconds: float, more: Mapping[str, str] = MappingProxyType({})
+) -> list[int]:
+    """SIGTERM, after `grace_seconds` SIGKILL, until nothing that `find` finds is left; their ids.
 
     Raises:
         HeliostatError: a process outlives SIGKILL, as one that waits for a broken disk does.
     """
     ended: set[int] = set()
     kill_at = time.monotonic() + grace_seconds
-    while processes := find(marker):
+    while processes := find(marker, more):
         overdue_seconds = time.monotonic() - kill_at
         if overdue_seconds > KILL_SECONDS:
             pids = ", ".join(str(process.pid) for process in processes)
@@ -105,12 +111,12 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _read_marker(process: psutil.Process) -> str | None:
+def _read_environment(process: psutil.Process) -> dict[str, str]:
     try:
         environment: dict[str, str] = process.environ()
     except (psutil.Error, OSError):
-        return None
-    return environment.get(MARKER)
+        return {}
+    return environment
 
 
 def _signal(send: Callable[[], None]) -> None:
