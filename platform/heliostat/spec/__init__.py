@@ -152,6 +152,41 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunSpec:
         HeliostatError: the file cannot be read, or a key is unknown, missing or out of range;
             the sentence names the file and the path of each key.
     """
+    document = _read(path, "name, data, model and train")
+    for override in overrides:
+        _apply(document, override)
+    return parse(document, origin=str(path))
+
+
+def load_section(
+    kind: type[AnySection],
+    path: str | Path | None,
+    overrides: tuple[str, ...],
+    defaults: dict[str, Any],
+) -> AnySection:
+    """A section of its own: what a YAML file says, laid over `defaults`, then `key=value`.
+
+    Raises:
+        HeliostatError: the file cannot be read, or a key is unknown or out of range.
+    """
+    given = _read(path, ", ".join(kind.model_fields)) if path else {}
+    document = lay_over(defaults, given)
+    for override in overrides:
+        _apply(document, override)
+    return _check(kind, document, str(path) if path else "the command line")
+
+
+def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings in one; what `above` says counts, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        nested = isinstance(inner, dict) and isinstance(value, dict)
+        merged[key] = lay_over(inner, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def _read(path: str | Path, keys: str) -> dict[str, Any]:
     try:
         document = _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -160,10 +195,8 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunSpec:
         reason = " ".join(str(error).split())[:300]
         raise HeliostatError(f"{path} is not YAML: {reason}") from error
     if not isinstance(document, dict):
-        raise HeliostatError(f"{path} must be a mapping with name, data, model and train")
-    for override in overrides:
-        _apply(document, override)
-    return parse(document, origin=str(path))
+        raise HeliostatError(f"{path} must be a mapping with {keys}")
+    return document
 
 
 def parse(document: dict[str, Any], origin: str = "the spec") -> RunSpec:
