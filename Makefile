@@ -5,7 +5,7 @@ WEB_PEERS ?= /tmp/heliostat-web-peers
 VLLM ?= /opt/vllm
 READY := .venv/.ready
 
-.PHONY: demo test test-faults test-soak test-gpu vllm peers peers-web peers-text check fix render clean
+.PHONY: demo test test-faults test-soak test-gpu vllm peers peers-web peers-text check fix wheel render clean
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -57,8 +57,15 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What the nodes of a cluster in a cloud install.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	ls dist
+
 render: $(READY)
 	$(BIN)/python -m heliostat.dashboards dashboards
+	$(BIN)/heliostat cluster render --provider aws --out cluster.yaml
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -68,4 +75,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv dist build .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -111,6 +111,8 @@ MACHINES = (
     Machine("p5en.48xlarge", "aws", "H200", 8, 192, 2048 * GIB, 400 * GB, 63.296, 27.2,
             "2026-08-06"),
     Machine("p6-b200.48xlarge", "aws", "B200", 8, 192, 2048 * GIB, 400 * GB, 113.933, 19.1, "2026"),
+    Machine("n2-standard-8", "gcp", None, 0, 8, 32 * GIB, 2 * GB, 0.3885, None, "2025"),
+    Machine("n2-standard-16", "gcp", None, 0, 16, 64 * GIB, 4 * GB, 0.7769, None, "2025"),
     Machine("g2-standard-4", "gcp", "L4", 1, 4, 16 * GIB, 1.25 * GB, 0.7068, None, "2025"),
     Machine("a3-ultragpu-8g", "gcp", "H200", 8, 224, 2952 * GIB, 400 * GB, 83.49, 50.09,
             "2026-10-13"),

@@ -1,6 +1,7 @@
 """A cluster, written down once: its head, its pools of workers and what Ray is told of each."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,6 +23,9 @@ LABEL = "heliostat/pool"
 MACHINE_LABEL = "heliostat/machine"
 # Ray's own label for whether a node is spot capacity.
 MARKET_LABEL = "ray.io/market-type"
+# Set for every process of a cluster with pools: their purposes and what each can grow to, as
+# `training=16:4` for 16 CPUs and 4 GPUs. A cluster without pools, as a laptop's, has no such thing.
+POOLS = "HELIOSTAT_POOLS"
 
 
 def check_machine(name: str) -> str:
@@ -57,20 +61,38 @@ class PoolSpec(Section):
 
 
 class ClusterSpec(Section):
-    """A head, which runs no training, and a pool for each purpose."""
+    """A head, which runs no training, and a pool for each purpose.
+
+    `bucket` is the one that `root` in the specs of runs names. Google's project and the letter of a
+    zone are for Google alone; the container image, the command of a job and the version that a
+    service has (NAME:NUMBER) for Kubernetes.
+    """
 
     name: str = Field(default="heliostat", pattern=r"^[a-z][a-z0-9-]{0,38}[a-z0-9]$")
+    region: str = Field(default="us-west-2", pattern=r"^[a-z0-9-]{1,40}$")
+    bucket: str = Field(default="heliostat-models", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     head: str = "m7i.2xlarge"
     head_disk_gib: Positive = 150
     data: PoolSpec = PoolSpec(machine="m7i.2xlarge", max_workers=8)
     training: PoolSpec = PoolSpec(machine="g6.xlarge", spot=True)
     serving: PoolSpec = PoolSpec(machine="m7i.2xlarge")
     idle_timeout_minutes: PositiveFloat = 5
+    project: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")
+    zone: str = Field(default="a", pattern=r"^[a-z]$")
+    image: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:/@-]{1,255}$")
+    job: str = "python jobs/train.py jobs/specs/digits_mlp.yaml"
+    serves: str = Field(default="digits-mlp:1", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}:[1-9][0-9]*$")
 
     @field_validator("head")
     @classmethod
     def _is_known(cls, name: str) -> str:
         return check_machine(name)
+
+    @property
+    def machines(self) -> list[Machine]:
+        """The head's, and those of the pools in the order of PURPOSES."""
+        pools: list[PoolSpec] = [getattr(self, purpose) for purpose in PURPOSES]
+        return [find_machine(name) for name in (self.head, *(pool.machine for pool in pools))]
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,7 @@ class NodeType:
     """A kind of node as Ray's autoscaler knows it.
 
     `resources` are what a node declares before it exists. Of two that could take the same demand
-    the one of higher `priority` is launched, unless it failed to come shortly before.
+    the one of higher `priority` is launched, unless it came and did not join shortly before.
     """
 
     name: str
@@ -97,26 +119,76 @@ class NodeType:
 
     @property
     def labels(self) -> dict[str, str]:
-        market = "spot" if self.spot else "on-demand"
-        return {
-            LABEL: self.purpose,
-            MACHINE_LABEL: self.machine.name,
-            MARKET_LABEL: market,
-        }
+        return {LABEL: self.purpose, MACHINE_LABEL: self.machine.name}
 
 
 def list_node_types(cluster: ClusterSpec) -> list[NodeType]:
-    """A node type for each pool, two for one on spot: of those only the first keeps a minimum."""
-    return [node_type for purpose in PURPOSES for node_type in _split(purpose, cluster)]
+    """A node type for each pool, in the order of PURPOSES."""
+    return [_describe(purpose, cluster) for purpose in PURPOSES]
 
 
-def _split(purpose: Purpose, cluster: ClusterSpec) -> Iterator[NodeType]:
+def list_with_stand_ins(cluster: ClusterSpec) -> Iterator[NodeType]:
+    """As `list_node_types`, and for each on spot another on demand, of lower priority.
+
+    For an autoscaler that asks for machines and waits for them, as on Kubernetes. Where a launch
+    fails at once, Ray takes the same type again and never the other.
+    """
+    for node in list_node_types(cluster):
+        yield node
+        if node.spot:
+            name = f"{node.name}-on-demand"
+            yield NodeType(
+                name, node.purpose, node.machine, 0, node.max_workers, False, 0, node.disk_gib
+            )
+
+
+def _describe(purpose: Purpose, cluster: ClusterSpec) -> NodeType:
     pool: PoolSpec = getattr(cluster, purpose)
     machine = find_machine(pool.machine)
-    yield NodeType(
-        purpose, purpose, machine, pool.min_workers, pool.max_workers, pool.spot, 1, pool.disk_gib
+    bounds = pool.min_workers, pool.max_workers
+    return NodeType(purpose, purpose, machine, *bounds, pool.spot, 1, pool.disk_gib)
+
+
+@dataclass(frozen=True)
+class Most:
+    """What a pool can grow to."""
+
+    cpus: int
+    gpus: int
+
+
+def tell(cluster: ClusterSpec) -> str:
+    """The value of POOLS for a cluster."""
+    return " ".join(
+        f"{node.purpose}={node.max_workers * node.machine.vcpus}"
+        f":{node.max_workers * node.machine.accelerators}"
+        for node in list_node_types(cluster)
     )
-    if pool.spot:
-        yield NodeType(
-            f"{purpose}-on-demand", purpose, machine, 0, pool.max_workers, False, 0, pool.disk_gib
-        )
+
+
+def find_pool(purpose: Purpose, environment: Mapping[str, str] = os.environ) -> Most | None:
+    """What the pool of `purpose` can grow to; None in a cluster without it.
+
+    Raises:
+        HeliostatError: POOLS was set to something else.
+    """
+    told = environment.get(POOLS, "")
+    try:
+        pools = dict(word.split("=") for word in told.split())
+        most = pools.get(purpose)
+        return Most(*map(int, most.split(":"))) if most is not None else None
+    except (ValueError, TypeError) as error:
+        raise HeliostatError(
+            f"{POOLS} is {told[:80]!r}: write a word like training=16:4, its CPUs and GPUs, for "
+            "each pool, or unset it"
+        ) from error
+
+
+def ask(purpose: Purpose, environment: Mapping[str, str] = os.environ) -> dict[str, float]:
+    """The resources that keep a process in the pool of `purpose`; none where there is no pool."""
+    return {purpose: ASKED} if find_pool(purpose, environment) else {}
+
+
+def select(purpose: Purpose, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """As `ask`, for what takes a label selector instead: all tasks of a Ray Data pipeline."""
+    return {LABEL: purpose} if find_pool(purpose, environment) else {}

@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import stat
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import yaml
 
@@ -63,24 +61,39 @@ def open_port(config: Config, **ranges: Any) -> None:
     config["provider"]["security_group"]["IpPermissions"] = [OPEN | ranges]
 
 
+def volume_of(config: Config, node: str) -> dict[str, Any]:
+    """The root volume of `node` alone: in the file it may be written once for several."""
+    node_config = config["available_node_types"][node]["node_config"]
+    (mapping,) = node_config["BlockDeviceMappings"] = deepcopy(node_config["BlockDeviceMappings"])
+    volume: dict[str, Any] = mapping["Ebs"]
+    return volume
+
+
+def give_up_training(config: Config) -> None:
+    config["available_node_types"].pop("training")
+    edit(config, "training=16:4 ", "")
+
+
 SETTINGS = "every ray start carries the settings"
 TOKEN = "the token arrives as a file of mode 0600"
 LOOPBACK = "everything but an edge with TLS listens on 127.0.0.1"
 CLOSED = "only ssh and an edge with TLS are open to the outside"
-PROFILE = "nodes get credentials from their instance profile alone"
+PROFILE = "nodes get credentials from their cloud alone"
+VOLUMES = "volumes are encrypted"
+POOLED = "each pool of HELIOSTAT_POOLS has nodes"
 BROKEN: dict[str, tuple[Callable[[Config], object], str]] = {
     "no authentication": (lambda c: edit(c, "RAY_AUTH_MODE=token", ""), SETTINGS),
     "other authentication": (lambda c: edit(c, "MODE=token", "MODE=disabled"), SETTINGS),
     "not exported": (lambda c: edit(c, "export RAY_AUTH_MODE", "RAY_AUTH_MODE"), SETTINGS),
     "exported too late": (lambda c: edit(c, "export", "ray start --head; export"), SETTINGS),
     "worker forgot": (lambda c: c["worker_start_ray_commands"].append("ray start"), SETTINGS),
-    "Ray's own start": (lambda c: c.pop("head_start_ray_commands"), SETTINGS),
+    "Ray's own start": (lambda c: c.pop("head_start_ray_commands"), "head_start_ray_commands"),
     "no HAProxy": (lambda c: edit(c, "ENABLE_HA_PROXY=1", "ENABLE_HA_PROXY=0"), SETTINGS),
     "no token mount": (lambda c: c["file_mounts"].pop("~/.heliostat/token"), TOKEN),
     "no token path": (lambda c: edit(c, "RAY_AUTH_TOKEN_PATH", "TOKEN_PATH"), TOKEN),
     "readable token": (lambda c: edit(c, "chmod 600", "chmod 644"), TOKEN),
     "own setup": (
-        lambda c: c["available_node_types"]["gpu"].update(worker_setup_commands=["true"]),
+        lambda c: c["available_node_types"]["training"].update(worker_setup_commands=["true"]),
         TOKEN,
     ),
     "public dashboard": (
@@ -102,12 +115,28 @@ BROKEN: dict[str, tuple[Callable[[Config], object], str]] = {
         CLOSED,
     ),
     "no profile": (
-        lambda c: c["available_node_types"]["cpu"]["node_config"].pop("IamInstanceProfile"),
+        lambda c: c["available_node_types"]["data"]["node_config"].pop("IamInstanceProfile"),
         PROFILE,
     ),
     "key in a command": (lambda c: edit(c, "export", "export AWS_SECRET_ACCESS_KEY=x"), PROFILE),
     "token in a command": (lambda c: edit(c, "export", "export RAY_AUTH_TOKEN=x"), PROFILE),
     "keys by mount": (lambda c: c["file_mounts"].update({"~/.aws": "~/.aws"}), PROFILE),
+    "public Prometheus": (lambda c: edit(c, "127.0.0.1:9090", ":9090"), LOOPBACK),
+    "Prometheus as it comes": (
+        lambda c: edit(c, "--web.listen-address=127.0.0.1:9090", ""),
+        LOOPBACK,
+    ),
+    "open volume": (lambda c: volume_of(c, "training").update(Encrypted=False), VOLUMES),
+    "volume of the image": (
+        lambda c: c["available_node_types"]["data"]["node_config"].pop("BlockDeviceMappings"),
+        VOLUMES,
+    ),
+    "no pool": (lambda c: c["available_node_types"].pop("serving"), POOLED),
+    "no label": (lambda c: c["available_node_types"]["data"].pop("labels"), POOLED),
+    "no resource": (
+        lambda c: c["available_node_types"]["data"]["resources"].pop("data"),
+        POOLED,
+    ),
     "unknown key": (lambda c: c.update(worker_nodes_max=3), "Ray refuses the top level"),
     "wrong type": (lambda c: c.update(max_workers="many"), "Ray refuses max_workers"),
     "no provider": (lambda c: c.pop("provider"), "Ray cannot use it"),
@@ -136,7 +165,7 @@ def open_edge(config: Config) -> None:
         open_edge,
         lambda c: open_port(c, FromPort=22, ToPort=22, IpRanges=[{"CidrIp": "203.0.113.7/32"}]),
         lambda c: open_port(c, IpRanges=[{"CidrIp": "10.0.0.0/8"}]),
-        lambda c: c["available_node_types"].pop("gpu"),
+        give_up_training,
         lambda c: c["setup_commands"].append("echo '-- ray started --'"),
     ],
 )
@@ -257,99 +286,7 @@ def test_a_shell_on_a_node_finds_the_cluster(
 def test_every_mounted_file_is_in_the_repository(config: Config) -> None:
     for remote, local in config["file_mounts"].items():
         assert remote.startswith("~/")
-        assert local.startswith("~/") or (PATH.parent / local).exists()
-
-
-@pytest.fixture(scope="module")
-def aws(
-    tmp_path_factory: pytest.TempPathFactory, wait_until: Callable[..., None]
-) -> Iterator[boto3.session.Session]:
-    """An AWS account without instances, and this process's environment pointing at it."""
-    home = tmp_path_factory.mktemp("aws")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with pytest.MonkeyPatch.context() as environment:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            environment.delenv(name)
-        for name, value in {
-            "HOME": str(home),
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-        }.items():
-            environment.setenv(name, value)
-        program = "import sys; from moto.server import main; main(sys.argv[1:])"
-        arguments = [sys.executable, "-c", program, "-H", "127.0.0.1", "-p", str(port)]
-        with (home / "log").open("wb") as log:
-            server = subprocess.Popen(arguments, stdout=log, stderr=log)
-        try:
-            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-            yield boto3.session.Session(region_name=document()["provider"]["region"])
-        finally:
-            server.kill()
-            server.wait()
-
-
-@pytest.fixture(scope="module")
-def nodes(aws: boto3.session.Session, config: Config) -> dict[str, Any]:
-    """One real launch of each node type: the described instance by node type."""
-    from ray.autoscaler._private.aws.config import bootstrap_aws
-    from ray.autoscaler._private.providers import _get_node_provider
-
-    for profile in ("heliostat-head", "heliostat-worker"):
-        aws.client("iam").create_instance_profile(InstanceProfileName=profile)
-    ready = bootstrap_aws(config)
-    provider = _get_node_provider(ready["provider"], ready["cluster_name"])
-    for name, node_type in ready["available_node_types"].items():
-        provider.create_node(node_type["node_config"], {"ray-user-node-type": name}, 1)
-    reservations = aws.client("ec2").describe_instances()["Reservations"]
-    instances = [instance for found in reservations for instance in found["Instances"]]
-    return {
-        next(
-            tag["Value"] for tag in instance["Tags"] if tag["Key"] == "ray-user-node-type"
-        ): instance
-        for instance in instances
-    }
-
-
-def test_nothing_but_ssh_is_open(aws: boto3.session.Session, nodes: dict[str, Any]) -> None:
-    groups = {group["GroupId"] for node in nodes.values() for group in node["SecurityGroups"]}
-    described = aws.client("ec2").describe_security_groups(GroupIds=list(groups))
-    (group,) = described["SecurityGroups"]
-    assert group["GroupName"] == "heliostat"
-    for permission in group["IpPermissions"]:
-        public = permission["IpRanges"] or permission["Ipv6Ranges"] or permission["PrefixListIds"]
-        inside = [pair["GroupId"] for pair in permission["UserIdGroupPairs"]]
-        assert (permission.get("FromPort"), permission.get("ToPort")) == (22, 22) or not public
-        assert inside in ([], [group["GroupId"]])
-
-
-def test_the_key_pair_is_made_and_private(nodes: dict[str, Any]) -> None:
-    (name,) = {node["KeyName"] for node in nodes.values()}
-    (key,) = (Path.home() / ".ssh").iterdir()
-    assert key.name == f"{name}.pem"
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    ("name", "profile", "market"),
-    [
-        ("head", "heliostat-head", "on demand"),
-        ("cpu", "heliostat-worker", "on demand"),
-        ("gpu", "heliostat-worker", "spot"),
-    ],
-)
-def test_a_node_is_launched_as_promised(
-    aws: boto3.session.Session, nodes: dict[str, Any], name: str, profile: str, market: str
-) -> None:
-    node = nodes[name]
-    assert node["IamInstanceProfile"]["Arn"].endswith(f"/{profile}")
-    assert node.get("InstanceLifecycle", "on demand") == market
-    assert node["MetadataOptions"]["HttpTokens"] == "required"
-    assert node["SubnetId"]
-    ids = [mapping["Ebs"]["VolumeId"] for mapping in node["BlockDeviceMappings"]]
-    for volume in aws.client("ec2").describe_volumes(VolumeIds=ids)["Volumes"]:
-        assert (volume["VolumeType"], volume["Encrypted"]) == ("gp3", True)
+        assert local.startswith(("~/", "dist/")) or (PATH.parent / local).exists()
 
 
 def test_no_secret_stands_in_the_config(config: Config) -> None:

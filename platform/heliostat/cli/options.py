@@ -19,7 +19,7 @@ STORE_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_PROFILE")
 def add_command(
     commands: Commands, name: str, run: Run, summary: str, examples: Sequence[str]
 ) -> argparse.ArgumentParser:
-    parser = _add_parser(commands, name, run, summary, examples)
+    parser = add_parser(commands, name, run, summary, examples)
     parser.add_argument(
         "--home", metavar="DIR", help="the cluster's home (default: HELIOSTAT_HOME, ~/.heliostat)"
     )
@@ -30,7 +30,7 @@ def add_subcommand(
     commands: Commands, name: str, run: Run, summary: str, examples: Sequence[str]
 ) -> argparse.ArgumentParser:
     """One below a command with `--root`, `--json` and `--home`, which may stand before or after."""
-    parser = _add_parser(commands, name, run, summary, examples)
+    parser = add_parser(commands, name, run, summary, examples)
     # SUPPRESS keeps what was given before the subcommand.
     parser.add_argument("--root", default=argparse.SUPPRESS, metavar="URI", help="where it is")
     parser.add_argument("--json", default=argparse.SUPPRESS, action="store_true", help="print JSON")
@@ -69,7 +69,7 @@ def open_store(options: argparse.Namespace) -> "Store":
     return storage.connect(options.root)
 
 
-def _add_parser(
+def add_parser(
     commands: Commands, name: str, run: Run, summary: str, examples: Sequence[str]
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(

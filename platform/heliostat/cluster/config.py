@@ -1,4 +1,4 @@
-"""The cluster on AWS: what a config of Ray's launcher must keep to, checked before it runs."""
+"""The cluster in a cloud: what a config of Ray's launcher must keep to, checked before it runs."""
 
 import ipaddress
 import re
@@ -12,10 +12,14 @@ import yaml
 
 from heliostat.environment import REQUIRED, TUNED
 from heliostat.errors import HeliostatError
+from heliostat.pools import DECLARED, LABEL, POOLS
 
 Config = dict[str, Any]
+# Without them Ray has commands of its own, or none.
+LISTS = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "file_mounts")
 SETTINGS = {s.name: s.value for s in (*REQUIRED, *TUNED) if s.name.startswith("RAY_")}
-HOST = re.compile(r"--(?:[a-z-]*host|bind)[= ]+(\S+)|(0\.0\.0\.0)")
+HOST = re.compile(r"--(?:[a-z.-]*host|[a-z.-]*listen-address|bind)[= ]+(\S+)|(0\.0\.0\.0)")
+LISTENS_TO_ALL = re.compile(r"\bprometheus +(?!.*--web\.listen-address)--")
 EDGE = re.compile(r"\bheliostat +edge\b")
 EDGE_PORT = re.compile(r"--port[= ]+(\d+)")
 SECRET = re.compile(
@@ -25,8 +29,6 @@ SECRET = re.compile(
 
 def check(path: str | Path) -> Config:
     """Read a config for `ray up`; returns it with Ray's defaults filled in.
-
-    The tests hold the repository's cluster.yaml to it; run it over a copy that you have changed.
 
     Raises:
         HeliostatError: it cannot be read, Ray refuses it, or it breaks one of `RULES`; the sentence
@@ -38,6 +40,8 @@ def check(path: str | Path) -> Config:
     try:
         config: Config = prepare_config(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         validate_config(config)
+        if missing := [key for key in LISTS if key not in config]:
+            raise HeliostatError(f"{path}: Ray cannot use it: {', '.join(missing)} must be given")
     except (OSError, yaml.YAMLError) as error:
         raise HeliostatError(f"cannot read {path}: {' '.join(str(error).split())[:300]}") from error
     except ValidationError as error:
@@ -105,7 +109,10 @@ def _open_hosts(config: Config) -> Iterator[str]:
     closed = [*(starts - {find_secured_edge(config)}), *(c for s in _setups(config) for c in s)]
     for command in closed:
         hosts = (option or literal for option, literal in HOST.findall(command))
+        hosts = (re.sub(r":\d+$", "", host) for host in hosts)
         yield from (f"{host} stands in `{command[-80:]}`" for host in hosts if host != "127.0.0.1")
+        if LISTENS_TO_ALL.search(command):
+            yield f"--web.listen-address is missing in `{command[-80:]}`"
 
 
 def _public_ports(config: Config) -> Iterator[str]:
@@ -121,9 +128,33 @@ def _public_ports(config: Config) -> Iterator[str]:
 
 def _keys(config: Config) -> Iterator[str]:
     yield from (f"{found} stands in it" for found in SECRET.findall(yaml.safe_dump(config)))
+    is_google = config["provider"]["type"] == "gcp"
+    needed = "serviceAccounts" if is_google else "IamInstanceProfile"
     for name, node_type in config["available_node_types"].items():
-        if "IamInstanceProfile" not in node_type["node_config"]:
-            yield f"node type {name} has no IamInstanceProfile"
+        made_by_ray = is_google and name == config["head_node_type"]
+        if needed not in node_type["node_config"] and not made_by_ray:
+            yield f"node type {name} has no {needed}"
+
+
+def _open_volumes(config: Config) -> Iterator[str]:
+    if config["provider"]["type"] == "gcp":
+        return  # Google encrypts every disk
+    for name, node_type in config["available_node_types"].items():
+        mappings = node_type["node_config"].get("BlockDeviceMappings", [{}])
+        if not all(mapping.get("Ebs", {}).get("Encrypted") for mapping in mappings):
+            yield f"node type {name} has a volume without Encrypted: true"
+
+
+def _missing_pools(config: Config) -> Iterator[str]:
+    types = config["available_node_types"].items()
+    for command in start_commands(config):
+        for purpose in (word.partition("=")[0] for word in exports(command).get(POOLS, "").split()):
+            if not any(
+                node.get("labels", {}).get(LABEL) == purpose
+                and node["resources"].get(purpose, 0) >= DECLARED
+                for _, node in types
+            ):
+                yield f"no node type has {purpose}: {DECLARED} and the label {LABEL}: {purpose}"
 
 
 # Each function yields what breaks its rule.
@@ -132,5 +163,7 @@ RULES: dict[str, Callable[[Config], Iterator[str]]] = {
     "the token arrives as a file of mode 0600": _exposed_token,
     "everything but an edge with TLS listens on 127.0.0.1": _open_hosts,
     "only ssh and an edge with TLS are open to the outside": _public_ports,
-    "nodes get credentials from their instance profile alone": _keys,
+    "nodes get credentials from their cloud alone": _keys,
+    "volumes are encrypted": _open_volumes,
+    f"each pool of {POOLS} has nodes": _missing_pools,
 }

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ray.data.context import DataContext, ShuffleStrategy
 from ray.exceptions import OutOfDiskError
 
+from heliostat import pools
 from heliostat.data import images, series, tables, text
 from heliostat.data.manifest import Shard, data_key, holds
 from heliostat.data.measure import measure, measure_numbers
@@ -94,6 +95,7 @@ def quiet_ray_data() -> Iterator[None]:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    context.execution_options.label_selector = pools.select("data") or None
     try:
         with DataContext.current(context):
             yield

@@ -16,6 +16,7 @@ import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from heliostat import pools
 from heliostat.data.cache import Cache, gather
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order, share
@@ -352,7 +353,9 @@ def _spans(manifest: Manifest, split: str) -> list[Span]:
 
 
 def configure(context: ray.data.DataContext) -> None:
-    """Say nothing about a pipeline in the job's log: the stage reports its own progress."""
+    """Say nothing about a pipeline in the job's log: the stage reports its own progress. It runs in
+    the pool for data, if there is one."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_options.label_selector = pools.select("data") or None
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -30,7 +30,7 @@ from heliostat.local.home import (
 )
 from heliostat.local.home import Listen as Listen
 from heliostat.local.home import locate as locate
-from heliostat.pools import ClusterSpec
+from heliostat.pools import POOLS, ClusterSpec, tell
 
 BUCKET = "heliostat"
 
@@ -123,6 +123,7 @@ class Cluster:
             EDGE_URL: self.edge_url,
             EDGE_HOST: self.state.listen.host,
             LOOPBACK.name: LOOPBACK.value,
+            **({POOLS: tell(self.state.pools)} if self.state.pools else {}),
             **self.credentials,
         }
 

@@ -20,6 +20,7 @@ from heliostat.errors import HeliostatError
 from heliostat.local import processes, scaling
 from heliostat.local.edge import describe, find_haproxy
 from heliostat.local.home import Home, State, write_private
+from heliostat.pools import POOLS, tell
 
 NAME = "ray"
 READY_SECONDS = 180.0
@@ -79,6 +80,7 @@ def compose_environment(state: State, credentials: Mapping[str, str]) -> dict[st
         **_place(state.ports, state.scratch),
         EDGE_URL: describe(state).url,
         EDGE_HOST: state.listen.host,
+        **({POOLS: tell(state.pools)} if state.pools else {}),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_closed_haproxy(state)),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat import registry
+from heliostat import pools, registry
 from heliostat.archive import store_code
 from heliostat.data.features import BlockFeatures, features_from_json
 from heliostat.edge import MIB, Limits
@@ -406,9 +406,11 @@ def _scale(deploy: DeploySpec, now: int) -> dict[str, Any]:
     return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
 
 
-def _reserve(deploy: DeploySpec) -> dict[str, float]:
-    """What of a node a replica has to itself."""
-    return {"num_cpus": deploy.cpus_per_replica, "num_gpus": deploy.gpus_per_replica}
+def _reserve(deploy: DeploySpec) -> dict[str, Any]:
+    """What of a node a replica has to itself, and the node's pool."""
+    asked = pools.ask("serving")
+    share = {"num_cpus": deploy.cpus_per_replica, "num_gpus": deploy.gpus_per_replica}
+    return {**share, "resources": asked} if asked else share
 
 
 def _count_replicas(details: dict[str, Any]) -> int:

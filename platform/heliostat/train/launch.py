@@ -11,7 +11,7 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 
-from heliostat import spec, storage
+from heliostat import pools, spec, storage
 from heliostat.data import stream
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
@@ -119,6 +119,9 @@ def _check_validation(run: RunSpec, manifest: Manifest) -> None:
 def _check_cluster(run: RunSpec) -> None:
     train, total = run.train, ray.cluster_resources()
     workers, scored = train.fewest_workers, train.validate_async
+    if pool := pools.find_pool("training"):
+        _check_pool(run, pool)
+        return
     check_cpus(int(total.get("CPU", 0)), workers, train.cpus_per_worker, scored)
     gpus = workers * train.gpus_per_worker
     if gpus > total.get("GPU", 0):
@@ -128,6 +131,18 @@ def _check_cluster(run: RunSpec) -> None:
             "larger cluster"
         )
     say_if_waiting(workers * train.cpus_per_worker + 1 + scored)
+
+
+def _check_pool(run: RunSpec, most: pools.Most) -> None:
+    """Nodes that are not there yet may come, but no more than the pool takes."""
+    train, workers = run.train, run.train.fewest_workers
+    cpus, gpus = workers * train.cpus_per_worker, workers * train.gpus_per_worker
+    if cpus > most.cpus or gpus > most.gpus:
+        raise HeliostatError(
+            f"train.workers={workers} need {cpus} CPUs and {gpus} GPUs, the training pool has "
+            f"{most.cpus} and {most.gpus} at most: lower train.workers, or raise "
+            "training.max_workers of the cluster"
+        )
 
 
 def _say_workers(run: RunSpec) -> str:
@@ -175,7 +190,11 @@ def _fit(job: Job) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=train.gpus_per_worker > 0,
-            resources_per_worker={"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker},
+            resources_per_worker={
+                "CPU": train.cpus_per_worker,
+                "GPU": train.gpus_per_worker,
+                **pools.ask("training"),
+            },
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(name=job.run, storage_path=find_scratch()),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import ray
 
-from heliostat import storage
+from heliostat import pools, storage
 from heliostat.data import stream
 from heliostat.data.manifest import Manifest
 from heliostat.spec import RunSpec
@@ -74,7 +74,9 @@ class Scorer:
 @contextlib.contextmanager
 def beside(scorer: Scorer) -> Iterator[None]:
     """Within, an actor scores beside the run. What it does not get to is left to `find_best`."""
-    body = ray.remote(Scorer).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
+    body = ray.remote(Scorer).options(
+        num_cpus=1, resources=pools.ask("data"), max_restarts=-1, max_task_retries=-1
+    )
     actor = body.remote(scorer.run, scorer.manifest, scorer.name)
     actor.follow.remote()
     try:
