@@ -1,6 +1,7 @@
 """The metadata servers of two clouds, by hand: what they say, and what goes wrong with them."""
 
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +29,13 @@ class Metadata:
         self.asked: list[str] = []
         self.tokens: set[str] = set()
         self.url = ""
+        self.end = 0.0
         self.ended = threading.Event()
 
     def take_back(self, seconds_from_now: float) -> None:
         """AWS gives notice of an end."""
-        end = datetime.fromtimestamp(datetime.now().timestamp() + seconds_from_now, UTC)
+        self.end = time.time() + seconds_from_now
+        end = datetime.fromtimestamp(self.end, UTC)
         self.said[ACTION] = f'{{"action": "terminate", "time": "{end:%Y-%m-%dT%H:%M:%SZ}"}}'
 
     def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:

@@ -1,13 +1,21 @@
 """From a notice to a drained node: the decision, the watch, its process, and a node that drains."""
 
-from collections.abc import Callable
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from heliostat import cli
 from heliostat.cluster.drain import Node, choose_node
 from heliostat.cluster.notice import Notice, Unheard
 from heliostat.cluster.spot import (
@@ -22,6 +30,9 @@ from heliostat.cluster.spot import (
     decide,
 )
 from heliostat.errors import HeliostatError
+from heliostat.local import Cluster, processes
+from metadata import Metadata, serve_metadata
+from watching import Agent, list_draining, run_watch
 
 Wait = Callable[..., None]
 
@@ -173,3 +184,135 @@ def test_what_names_no_node_or_several_is_refused(wanted: str) -> None:
         choose_node(NODES, wanted)
     with pytest.raises(HeliostatError, match="no living node of Ray on this machine"):
         choose_node(NODES[:1], None)
+
+
+@pytest.fixture
+def nowhere() -> Iterator[str]:
+    """An address at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_a_watch_tries_while_ray_is_away_and_sigterm_ends_it(
+    tmp_path: Path, nowhere: str, wait_until: Wait
+) -> None:
+    options = ["--source", f"file:{tmp_path}/leaving", "--address", nowhere]
+    with run_watch(tmp_path, *options) as agent:
+        wait_until(lambda: agent.count("watching the file"), 60)
+        assert "not known yet: Ray does not answer at" in agent.lines[0]
+        (tmp_path / "leaving").write_text('{"seconds": 600}')
+        wait_until(lambda: agent.count("not drained, trying again: Ray does not answer"), 60)
+        agent.process.terminate()
+        assert agent.process.wait(5) == 128 + signal.SIGTERM
+    assert agent.lines[-1] == "this watch is ended by SIGTERM"
+    assert agent.count("notice: this machine goes at ") == 1
+
+
+def test_the_newest_watch_of_a_machine_goes_on(
+    tmp_path: Path, nowhere: str, wait_until: Wait
+) -> None:
+    options = ["--source", f"file:{tmp_path}/leaving", "--address", nowhere]
+    with run_watch(tmp_path, *options) as first:
+        wait_until(lambda: first.lines, 60)
+        with run_watch(tmp_path, *options) as second:
+            assert first.process.wait(60) == 0
+            assert first.lines[-1] == "a newer watch of this machine has begun: this one ends"
+            wait_until(lambda: second.lines, 60)
+            assert second.process.poll() is None
+
+
+@pytest.mark.cluster
+def test_one_notice_of_aws_drains_one_node_once(
+    cluster: Cluster, join_node: Callable[..., str], tmp_path: Path, wait_until: Wait
+) -> None:
+    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
+    node = join(join_node, wait_until)
+    held = occupy(node)
+    with serve_metadata({}) as aws, watch_aws(tmp_path, aws, node) as agent:
+        wait_until(lambda: agent.count("watching AWS, asked every 5 s, for node"), 60)
+        aws.status = 503
+        wait_until(lambda: agent.count("it is not heard"), 60)
+        aws.status = None
+        aws.tokens.clear()
+        aws.take_back(120)
+        wait_until(lambda: node in list_draining(), 60)
+        end_seconds = list_draining()[node] / 1000
+        assert abs(end_seconds - aws.end) < 5
+        asked = len(aws.asked)
+        wait_until(lambda: len(aws.asked) >= asked + 2, 60)
+        assert agent.count(f"node {node[:12]} (127.0.0.1) drains and goes in ") == 1
+        assert agent.count("it is not heard") == agent.count("it is heard again") == 1
+    assert list(list_draining()) == [node]
+    ray.kill(held)
+    wait_until(lambda: node not in [one["NodeID"] for one in ray.nodes() if one["Alive"]])
+    (left,) = [one for one in ray.nodes() if one["NodeID"] == node]
+    assert left["DeathReasonMessage"] == "AWS will terminate this machine"
+
+
+@pytest.mark.cluster
+def test_ray_that_comes_back_within_the_notice_is_told(
+    cluster: Cluster, join_node: Callable[..., str], tmp_path: Path, wait_until: Wait
+) -> None:
+    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
+    node = join(join_node, wait_until)
+    occupy(node)
+    leaving = tmp_path / "leaving"
+    options = ["--source", f"file:{leaving}", "--node", node]
+    (gcs,) = [p for p in processes.find(cluster.state.marker("ray")) if is_gcs(p)]
+    with run_watch(tmp_path, *options) as agent:
+        wait_until(lambda: agent.count("watching the file"), 60)
+        gcs.suspend()
+        try:
+            leaving.write_text('{"seconds": 600}')
+            wait_until(lambda: agent.count("not drained, trying again"), 60)
+        finally:
+            gcs.resume()
+        wait_until(lambda: agent.count("node "), 60)
+    assert node in list_draining()
+
+
+def test_the_command_refuses_what_it_cannot_drain(
+    nowhere: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["drain", "--address", nowhere]) == 2
+    signal.signal(signal.SIGTERM, handler)
+    assert f"Ray does not answer at {nowhere}" in capsys.readouterr().err
+    for seconds in ("0", "-1", "soon", "1.5", "9" * 10):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["drain", "--seconds", seconds])
+
+
+def watch_aws(folder: Path, aws: Metadata, node: str) -> AbstractContextManager[Agent]:
+    options = ["--source", "aws", "--metadata-url", aws.url, "--node", node]
+    return run_watch(folder, *options, http_proxy="http://127.0.0.1:9")
+
+
+def join(join_node: Callable[..., str], wait_until: Wait) -> str:
+    """The id of a new node."""
+
+    def living() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    before = living()
+    join_node(1)
+    wait_until(lambda: living() - before, 60)
+    return (living() - before).pop()
+
+
+def occupy(node: str) -> Any:
+    """An actor on `node`, since a node that drains and has nothing to do ends."""
+
+    class Idler:
+        def answer(self) -> bool:
+            return True
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    actor = ray.remote(num_cpus=1)(Idler).options(scheduling_strategy=there).remote()
+    assert ray.get(actor.answer.remote())
+    return actor
+
+
+def is_gcs(process: psutil.Process) -> bool:
+    return bool(process.info["name"] == "gcs_server")

@@ -2,7 +2,8 @@
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from heliostat.errors import HeliostatError
@@ -72,13 +73,30 @@ def find_cluster(address: str | None) -> str:
     return found
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:  # nobody answers in time, or it does not let us in
+        first, *_ = f"{error}\n".splitlines()
+        raise HeliostatError(
+            f"Ray's control store does not answer or lets nobody in ({first[:200]}): check that it "
+            "is up and that RAY_AUTH_TOKEN_PATH is the cluster's token"
+        ) from error
+
+
 class Drainer:
-    """The control store of a Ray, as far as it drains."""
+    """The control store of a Ray, as far as it drains. Each method raises HeliostatError if it does
+    not answer or lets nobody in.
+    """
 
     def __init__(self, cluster: str) -> None:
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-        self._gcs = GcsClient(address=cluster)
+        with _told():
+            self._gcs = GcsClient(address=cluster)
 
     def list_nodes(self) -> list[Node]:
         """Those that live."""
@@ -86,9 +104,10 @@ class Drainer:
         from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
         here = find_node_ids()
-        found = self._gcs.get_all_node_info(
-            timeout=ANSWER_SECONDS, state_filter=GcsNodeInfo.GcsNodeState.ALIVE
-        )
+        with _told():
+            found = self._gcs.get_all_node_info(
+                timeout=ANSWER_SECONDS, state_filter=GcsNodeInfo.GcsNodeState.ALIVE
+            )
         return [
             Node(id.hex(), info.node_manager_address, info.is_head_node, id.hex() in here)
             for id, info in found.items()
@@ -103,8 +122,9 @@ class Drainer:
         from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
         deadline_ms = 0 if seconds is None else round((time.time() + seconds) * 1000)
-        accepted, why = self._gcs.drain_node(
-            node.id, DRAIN_NODE_REASON_PREEMPTION, reason, deadline_ms
-        )
+        with _told():
+            accepted, why = self._gcs.drain_node(
+                node.id, DRAIN_NODE_REASON_PREEMPTION, reason, deadline_ms
+            )
         if not accepted:
             raise HeliostatError(f"Ray refuses to drain node {node}: {why or 'without a reason'}")

@@ -193,6 +193,8 @@ def run_drain(options: Sequence[str]) -> str:
     except subprocess.TimeoutExpired as error:
         raise Refused(f"Ray did not answer within {COMMAND_SECONDS:.0f} s") from error
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no reason"]
+    if done.returncode < 0:  # Ray aborts, then says where
+        raise Refused(lines[0])
     if done.returncode:
         raise Refused(lines[-1].removeprefix("error: "))
     return lines[-1]
