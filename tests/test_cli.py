@@ -26,6 +26,7 @@ COMMANDS = (
     *(["models"], ["models", "show"], ["models", "alias"], ["export"]),
     *(["plan"], ["deploy"], ["rollback"], ["deployments"]),
     *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
+    *(["watch-spot"], ["drain"]),
 )
 
 
