@@ -27,6 +27,7 @@ COMMANDS = (
     *(["cluster", "render"], ["cluster", "check"]),
     *(["plan"], ["deploy"], ["rollback"], ["deployments"]),
     *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
+    *(["watch-spot"], ["drain"]),
 )
 
 

@@ -19,8 +19,8 @@ import pytest
 from botocore import xform_name
 
 from heliostat.cluster.config import Config, check
+from heliostat.cluster.nodes import Nodes
 from heliostat.cluster.render import describe, render
-from heliostat.cluster.spot import Nodes
 
 PATH = Path(__file__).parents[2] / "cluster.yaml"
 REGION = "us-west-2"

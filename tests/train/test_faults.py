@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from datasets import store_images
 from heliostat import spec, storage
@@ -28,9 +31,14 @@ from heliostat.spec import RunSpec
 from heliostat.storage import Store
 from heliostat.train import checkpoint
 from heliostat.train.launch import Result, train
+from metadata import serve_metadata
+from watching import list_draining, run_watch
 
 pytestmark = pytest.mark.cluster
 ROWS = 6000
+# A worker looks every second whether it must leave, and steps take a few milliseconds.
+LONG_EPOCHS, LONG_STEPS = 10, 1500
+RUNS = ("calm", "spot")
 TESTS = Path(__file__).parents[1]
 RUNTIME_ENV = {"env_vars": {"PYTHONPATH": str(TESTS)}}
 Wait = Callable[..., None]
@@ -300,6 +308,90 @@ def test_a_notice_that_comes_too_late_costs_the_steps_since_the_last_checkpoint(
     assert result.step == 300
     assert count_passes(journal) - passes <= 300 - 50
     np.testing.assert_allclose(weights(result), calm, atol=1e-6)
+
+
+@pytest.mark.faults
+def test_a_spot_node_that_goes_and_its_successor_cost_no_step_that_was_saved(
+    store: Store,
+    manifest: Manifest,
+    tmp_path: Path,
+    wait_until: Wait,
+    join_node: Callable[..., str],
+) -> None:
+    cpus, marker, joined = double_the_cluster(join_node, wait_until)
+    shape = {"epochs": LONG_EPOCHS, "checkpoint_steps": 50, "cpus_per_worker": cpus - 1}
+    undisturbed = make_run(store, tmp_path / "calm", {}, run="calm", **shape)
+    wanted = train(undisturbed, manifest)
+    journal = tmp_path / "journal"
+    section = {"workers": [1, 2], "max_failures": 0}
+    run = make_run(store, journal, {"act": "pause", "step": 120}, run="spot", **section, **shape)
+    with serve_metadata({}) as aws, ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(train, run, manifest)
+        wait_for_pause(journal, 2, pending, wait_until)
+        options = ["--source", "aws", "--metadata-url", aws.url, "--node", joined]
+        with run_watch(tmp_path, *options) as agent:
+            wait_until(lambda: agent.count("watching AWS"), 60)
+            (journal / "done").unlink()  # the next life pauses as well
+            noticed = time.monotonic()
+            aws.take_back(120)
+            wait_until(lambda: joined in list_draining(), 60)
+            drained = time.monotonic()
+            (journal / "go").touch()
+            wait_until(lambda: count_ranks(journal) == 1, 120)
+            resumed = time.monotonic()
+            (journal / "go").unlink()
+            assert agent.count("node ") == 1
+        processes.end(marker, grace_seconds=0)
+        wait_for_pause(journal, 1, pending, wait_until)
+        join_node(cpus)
+        result = pending.result()
+    lives, calm, spot = read_lives(journal), *(copy_events(store, run, tmp_path) for run in RUNS)
+    begun = [*list_begins(spot), LONG_STEPS]
+    lost = [begun[i] + steps - begun[i + 1] for i, (steps, _) in enumerate(lives)]
+    print(
+        f"\nG-9: notice to drain {drained - noticed:.1f} s, to the first step without the node "
+        f"{resumed - noticed:.1f} s; steps, workers and lost steps of each life: "
+        f"{[(*life, gone) for life, gone in zip(lives, lost, strict=True)]}"
+    )
+    assert result.step == wanted.step == LONG_STEPS
+    assert [ranks for _, ranks in lives][-3:] == [2, 1, 2]
+    assert lost[-3] == lost[-1] == 0
+    assert lost[-2] <= 100 + 1  # the checkpoint before the newest, and the step that was begun
+    np.testing.assert_allclose(weights(result), weights(wanted), atol=1e-6)
+    losses = [dict(read_losses(events)) for events in (calm, spot)]
+    assert losses[0].keys() == losses[1].keys() == set(range(1, LONG_STEPS + 1))
+    assert max(abs(losses[0][step] - losses[1][step]) for step in losses[0]) < 1e-5
+
+
+def read_lives(journal: Path) -> list[tuple[int, int]]:
+    """Steps that were begun and number of ranks, of each life of a run."""
+    lives: list[tuple[int, int]] = []
+    for line in (journal / "passes").read_text().splitlines():
+        step, ranks = map(int, line.split())
+        lives[len(lives) - (step > 1) :] = [(step, ranks)]
+    return lives
+
+
+def copy_events(store: Store, run: str, folder: Path) -> Path:
+    """The folder with the TensorBoard files of a run."""
+    for entry in store.list(f"runs/{run}/tensorboard/"):
+        path = folder / entry.key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(store.read(entry.key))
+    return folder / f"runs/{run}/tensorboard"
+
+
+def list_begins(events: Path) -> list[int]:
+    """After which step each life of a run began."""
+    found = (event for path in sorted(events.iterdir()) for event in EventFileLoader(path).Load())
+    return [event.step - 1 for event in found if event.HasField("session_log")]
+
+
+def read_losses(events: Path) -> Iterator[tuple[int, float]]:
+    """The loss of each step as TensorBoard shows it."""
+    shown = EventAccumulator(str(events), {"scalars": 0})
+    shown.Reload()
+    return ((event.step, event.value) for event in shown.Scalars("loss"))
 
 
 def double_the_cluster(

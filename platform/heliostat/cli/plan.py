@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from heliostat.cli.options import Commands, add_command, add_json, open_store
 from heliostat.cli.output import render_table
 from heliostat.errors import HeliostatError
-from heliostat.plan.figure import as_quantity, as_seconds
+from heliostat.quantity import as_quantity, as_seconds
 
 if TYPE_CHECKING:
     from heliostat.data.expected import Rows

@@ -15,7 +15,7 @@ from heliostat.errors import HeliostatError
 from heliostat.hardware import Machine
 from heliostat.plan import Assumptions, Plan, correct_plan, find_remedy, make_plan
 from heliostat.plan.calibration import Record, Taken
-from heliostat.plan.figure import as_quantity, as_seconds
+from heliostat.quantity import as_quantity, as_seconds
 from heliostat.spec import RunSpec
 
 # A run is refused if it takes more than there is, not if it leaves little.
