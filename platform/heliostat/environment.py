@@ -10,6 +10,8 @@ MIN_LOGICAL_CPUS = 4
 EDGE_URL = "HELIOSTAT_EDGE_URL"
 # The address that the edge listens on, which says who can reach it.
 EDGE_HOST = "HELIOSTAT_EDGE_HOST"
+# Set on a node that stands for a machine: a GPU that it declares need not be there.
+STAND_IN = "HELIOSTAT_STAND_IN"
 STORE_PORT_OFFSET = 10_000
 REPLICA_PORTS = 100
 PREFERRED_PORTS = {"s3": 8333, "dashboard": 8265, "gcs": 6379, "serve": 8000, "edge": 8080}

@@ -113,9 +113,13 @@ class NodeType:
     disk_gib: int
 
     @property
-    def resources(self) -> dict[str, int]:
+    def machine_resources(self) -> dict[str, int]:
         gpus = {"GPU": self.machine.accelerators} if self.machine.accelerators else {}
-        return {"CPU": self.machine.vcpus, **gpus, self.purpose: DECLARED}
+        return {"CPU": self.machine.vcpus, **gpus}
+
+    @property
+    def resources(self) -> dict[str, int]:
+        return {**self.machine_resources, self.purpose: DECLARED}
 
     @property
     def labels(self) -> dict[str, str]:

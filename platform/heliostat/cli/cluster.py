@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +251,7 @@ def _describe(cluster: "Cluster") -> dict[str, Any]:
         "serve_url": cluster.serve_url,
         "gcs_address": cluster.gcs_address,
         "bounds": asdict(cluster.state.bounds),
+        "nodes": [asdict(node) for node in local.list_nodes(cluster)],
         "parts": {name: asdict(part) for name, part in usage.items()},
     }
 
@@ -271,6 +273,7 @@ def _render_status(cluster: "Cluster") -> str:
             f"{bounds.logical_cpus} logical CPUs, {bounds.memory_bytes / GIB:.1f} GiB of memory, "
             f"{bounds.object_store_bytes / GIB:.1f} GiB for objects",
         ),
+        *_list_pools(cluster),
         ("Ray Serve", f"{cluster.serve_url}, for this machine alone"),
         ("Edge", f"{cluster.edge_url}, for clients"),
         ("", _render_usage(usage.get("edge"))),
@@ -278,6 +281,21 @@ def _render_status(cluster: "Cluster") -> str:
         ("Shell", f'eval "$(heliostat env{flag})"'),
     ]
     return "\n".join(f"{name:10} {text}" for name, text in lines)
+
+
+def _list_pools(cluster: "Cluster") -> Iterator[tuple[str, str]]:
+    """What the autoscaler may bring, and what it has brought."""
+    from heliostat import local
+    from heliostat.pools import list_node_types
+
+    if cluster.state.pools is None:
+        return
+    nodes = local.list_nodes(cluster)
+    for place, node_type in enumerate(list_node_types(cluster.state.pools)):
+        mine = [f"{node.name} ({node.market})" for node in nodes if node.type == node_type.name]
+        has = ", ".join(f"{count} {name}" for name, count in node_type.machine_resources.items())
+        there = f"{len(mine)} of at most {node_type.max_workers}: {' '.join(mine)}".rstrip(": ")
+        yield "Nodes" if place == 0 else "", f"{node_type.name}, each {has}; {there}"
 
 
 def _render_usage(usage: "Usage | None") -> str:

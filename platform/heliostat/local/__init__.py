@@ -1,5 +1,6 @@
 """The laptop cluster: an S3 store, a Ray head with Serve and an edge before it."""
 
+import json
 import secrets
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from heliostat.environment import (
     Ports,
 )
 from heliostat.errors import HeliostatError
-from heliostat.local import edge, head, machine, processes, store
+from heliostat.local import edge, head, machine, processes, scaling, store
 from heliostat.local.home import (
     MARKER_FILE,
     Home,
@@ -30,7 +31,7 @@ from heliostat.local.home import (
 )
 from heliostat.local.home import Listen as Listen
 from heliostat.local.home import locate as locate
-from heliostat.pools import POOLS, ClusterSpec, tell
+from heliostat.pools import MARKET_LABEL, POOLS, ClusterSpec, tell
 
 BUCKET = "heliostat"
 
@@ -61,6 +62,15 @@ class Usage:
 
     pids: tuple[int, ...]
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A raylet that stands for a machine, of a type, bought on a market: spot or on-demand."""
+
+    name: str
+    type: str
+    market: str
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,18 @@ def measure_usage(cluster: Cluster) -> dict[str, Usage]:
     return {
         part.name: _sum_usage(cluster.state, part) for part in PARTS if _runs(cluster.state, part)
     }
+
+
+def list_nodes(cluster: Cluster) -> list[Node]:
+    """What the autoscaler has brought, by name."""
+    found = []
+    for process in processes.find(cluster.state.marker(RAY.name)):
+        environment = processes.read_environment(process)
+        name = environment.get(scaling.INSTANCE, scaling.HEAD)
+        if process.info["name"] == "raylet" and name != scaling.HEAD:
+            market = json.loads(environment[scaling.LABELS]).get(MARKET_LABEL, "")
+            found.append(Node(name, environment[scaling.TYPE], market))
+    return sorted(found, key=lambda node: node.name)
 
 
 def stop(home: Home) -> list[int]:

@@ -68,6 +68,11 @@ class Home:
         return self.logs / "serve-start.log"
 
     @property
+    def nodes_log(self) -> Path:
+        """Which nodes the autoscaler asked for, when they joined and when they went."""
+        return self.logs / "nodes.log"
+
+    @property
     def edge_log(self) -> Path:
         return self.logs / "edge.log"
 

@@ -6,7 +6,10 @@ import secrets
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,12 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
+from heliostat.environment import STAND_IN
 from heliostat.local import processes
+from heliostat.local.scaling import HEAD, INSTANCE, LABELS, RESOURCES, TYPE
 from heliostat.pools import MARKET_LABEL
 
-HEAD, HEAD_TYPE = "head", "head"
 SPOT, ON_DEMAND = "spot", "on-demand"
-# By which a raylet says which machine it is, and its processes what they belong to.
-INSTANCE, TYPE = "RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME"
-LABELS, RESOURCES = "RAY_OVERRIDE_LABELS", "RAY_OVERRIDE_RESOURCES"
 SHORTAGE = "InsufficientInstanceCapacity"
 GRACE_SECONDS = 2.0
 
@@ -40,13 +41,14 @@ class Nodes(NodeProvider):  # type: ignore[misc]
 
     `provider` names the cluster's `gcs_address` and `marker`, a folder for `scratch` and the file
     `capacity`: as many machines as the cloud has of a node type, on each market, by JSON such as
-    `{"training": {"spot": 0}}`. What it does not name there is any number of.
+    `{"training": {"spot": 0}}`. What it does not name there is any number of. What happens is
+    written to the file `journal`.
     """
 
     def __init__(self, provider: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider, cluster_name)
         self._lock = threading.Lock()
-        self._head = _describe(HEAD, NODE_KIND_HEAD, HEAD_TYPE)
+        self._head = _describe(HEAD, NODE_KIND_HEAD, HEAD)
         self._nodes: dict[str, _Node] = {}
 
     @staticmethod
@@ -55,8 +57,8 @@ class Nodes(NodeProvider):  # type: ignore[misc]
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         with self._lock:
-            # One whose raylet ended by itself is gone, as a machine that was taken away.
-            self._nodes = {name: node for name, node in self._nodes.items() if node.is_alive()}
+            for name, node in list(self._nodes.items()):
+                self._look_at(name, node)
             known = {HEAD: self._head, **{name: node.tags for name, node in self._nodes.items()}}
         return [name for name, tags in known.items() if tag_filters.items() <= tags.items()]
 
@@ -80,8 +82,8 @@ class Nodes(NodeProvider):  # type: ignore[misc]
         node_config: dict[str, Any],
         tags: dict[str, str],
         count: int,
-        resources: dict[str, float],
-        labels: dict[str, str],
+        resources: Mapping[str, float],
+        labels: Mapping[str, str],
     ) -> None:
         """A spot machine that cannot be had comes on demand.
 
@@ -98,20 +100,35 @@ class Nodes(NodeProvider):  # type: ignore[misc]
                     market,
                     self._launch(name, node_type, resources, {**labels, MARKET_LABEL: market}),
                 )
+                self._tell(name, f"asked for, {market}")
 
     def terminate_node(self, node_id: str) -> None:
-        with self._lock:
-            self._nodes.pop(node_id, None)
         processes.end(self.provider_config["marker"], GRACE_SECONDS, {INSTANCE: node_id})
+        with self._lock:
+            if node := self._nodes.pop(node_id, None):
+                self._tell(node_id, f"let go, {node.age_seconds:.1f} s after it was asked for")
+
+    def _look_at(self, name: str, node: "_Node") -> None:
+        if not node.is_alive():
+            # As a machine that was taken away.
+            del self._nodes[name]
+            self._tell(name, f"ended by itself: {node.start.log} may say why")
+        elif not node.joined.is_set() and node.start.find_raylet():
+            node.joined.set()
+            self._tell(name, f"joined, {node.age_seconds:.1f} s after it was asked for")
+
+    def _tell(self, name: str, what: str) -> None:
+        with Path(self.provider_config["journal"]).open("a") as journal:
+            journal.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {name} {what}\n")
 
     def _choose_market(self, node_type: str, spot: bool) -> str:
         markets = (SPOT, ON_DEMAND) if spot else (ON_DEMAND,)
         for market in markets:
             if self._has_capacity(node_type, market):
                 return market
-        raise NodeLaunchException(
-            SHORTAGE, f"there is no machine for {node_type}, {' or '.join(markets)}", None
-        )
+        words = f"there is no machine for {node_type}, {' or '.join(markets)}"
+        self._tell(node_type, f"{SHORTAGE}: {words}")
+        raise NodeLaunchException(SHORTAGE, words, None)
 
     def _has_capacity(self, node_type: str, market: str) -> bool:
         file = Path(self.provider_config["capacity"])
@@ -124,14 +141,15 @@ class Nodes(NodeProvider):  # type: ignore[misc]
         return most is None or taken < most
 
     def _launch(
-        self, name: str, node_type: str, resources: dict[str, float], labels: dict[str, str]
+        self, name: str, node_type: str, resources: Mapping[str, float], labels: dict[str, str]
     ) -> "_Start":
-        provider, declared = self.provider_config, json.dumps(resources)
+        provider, declared = self.provider_config, json.dumps(dict(resources))
         environment = {
             **os.environ,
+            STAND_IN: "1",
             INSTANCE: name,
             TYPE: node_type,
-            LABELS: json.dumps(labels),
+            LABELS: json.dumps(dict(labels)),
             RESOURCES: declared,
         }
         # A folder each: raylets that start together in one take each other's sockets.
@@ -162,6 +180,12 @@ class _Node:
     tags: dict[str, str]
     market: str
     start: _Start
+    began: float = field(default_factory=time.monotonic)
+    joined: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def age_seconds(self) -> float:
+        return time.monotonic() - self.began
 
     def is_alive(self) -> bool:
         if self.start.program.poll() is None:

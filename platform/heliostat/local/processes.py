@@ -56,7 +56,7 @@ def find(marker: str, more: Mapping[str, str] = MappingProxyType({})) -> list[ps
     """
     living = [process for process in psutil.process_iter(["name", "ppid"]) if _is_alive(process)]
     carried = {MARKER: marker, **more}.items()
-    ours = {process.pid for process in living if carried <= _read_environment(process).items()}
+    ours = {process.pid for process in living if carried <= read_environment(process).items()}
     while grown := {process.pid for process in living if process.info["ppid"] in ours} - ours:
         ours |= grown
     return [process for process in living if process.pid in ours - {os.getpid()}]
@@ -111,7 +111,8 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _read_environment(process: psutil.Process) -> dict[str, str]:
+def read_environment(process: psutil.Process) -> dict[str, str]:
+    """What it was started with; nothing if it has just ended or is somebody else's."""
     try:
         environment: dict[str, str] = process.environ()
     except (psutil.Error, OSError):

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.local.home import Home, State, write_private
-from heliostat.pools import ClusterSpec, NodeType, list_node_types
+from heliostat.pools import LABEL, ClusterSpec, NodeType, list_node_types
 
 HEAD = "head"
+# By which a raylet says which node it is, and its processes which one they belong to.
+INSTANCE, TYPE = "RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME"
+LABELS, RESOURCES = "RAY_OVERRIDE_LABELS", "RAY_OVERRIDE_RESOURCES"
 # For the processes of the head alone: the autoscaler looks every second, not every five, and what
 # fails to come is asked for again after as long.
 SETTINGS = {
     "RAY_enable_autoscaler_v2": "1",
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-    "RAY_CLOUD_INSTANCE_ID": HEAD,
-    "RAY_NODE_TYPE_NAME": HEAD,
+    INSTANCE: HEAD,
+    TYPE: HEAD,
 }
 # Ray wants these of a cluster whose machines it sets up.
 EMPTY = (
@@ -51,6 +54,7 @@ def compose(home: Home, state: State, cluster: ClusterSpec) -> dict[str, Any]:
             "marker": state.marker("ray"),
             "scratch": str(state.scratch),
             "capacity": str(home.capacity),
+            "journal": str(home.nodes_log),
             # The raylets start themselves.
             "disable_node_updaters": True,
         },
@@ -65,7 +69,8 @@ def compose(home: Home, state: State, cluster: ClusterSpec) -> dict[str, Any]:
 def _describe(node_type: NodeType) -> dict[str, Any]:
     return {
         "resources": node_type.resources,
-        "labels": node_type.labels,
+        # Not which machine it stands for: what runs here says nothing about that one.
+        "labels": {LABEL: node_type.purpose},
         "node_config": {"spot": node_type.spot},
         "min_workers": node_type.min_workers,
         "max_workers": node_type.max_workers,

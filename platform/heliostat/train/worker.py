@@ -16,6 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from heliostat import storage
 from heliostat.data import stream
+from heliostat.environment import STAND_IN
 from heliostat.errors import HeliostatError
 from heliostat.train.gauges import Gauges
 from heliostat.train.job import Job, failure_key
@@ -33,21 +34,11 @@ def work(job: Job) -> None:
     What a served model on the same machine is asked comes first.
     """
     os.setpriority(os.PRIO_PROCESS, 0, NICENESS)  # of this thread and those that it starts
-    context = ray.train.get_context()
-    ranks = Ranks(context.get_world_rank(), context.get_world_size())
-    device = _find_device(job.spec.train.gpus_per_worker)
-    place = Place(
-        ranks,
-        device,
-        context.get_local_world_size(),
-        stream.fetch_from(ray.get_actor(job.reader)),
-        _watch_for_notice(),
-        [Gauges(job.run)] if ranks.rank == 0 else [],
-    )
     # Said once by every worker of a network with one input channel; it costs nothing here.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
-        _join(ranks, device)
+        place = _find_place(job)
+        _join(place.ranks, place.device)
         train_rank(job, place)
     except HeliostatError as error:
         storage.connect(job.spec.root).write(failure_key(job.run), str(error).encode())
@@ -55,12 +46,31 @@ def work(job: Job) -> None:
     distributed.destroy_process_group()
 
 
-def _find_device(gpus: int) -> torch.device:
-    if not gpus:
-        return torch.device("cpu")
-    import ray.train.torch  # takes seconds
+def _find_place(job: Job) -> Place:
+    context = ray.train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    return Place(
+        ranks,
+        _find_device(job.spec.train.gpus_per_worker),
+        context.get_local_world_size(),
+        stream.fetch_from(ray.get_actor(job.reader)),
+        _watch_for_notice(),
+        [Gauges(job.run)] if ranks.rank == 0 else [],
+    )
 
-    device: torch.device = ray.train.torch.get_device()
+
+def _find_device(gpus: int) -> torch.device:
+    if not gpus or (STAND_IN in os.environ and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise HeliostatError(
+            f"Ray gave this worker of node {ray.util.get_node_ip_address()} a GPU and PyTorch "
+            f"{torch.__version__} finds none: install a build of PyTorch for CUDA there, or the "
+            "driver of the GPU"
+        )
+    from ray.train.torch import get_device  # takes seconds
+
+    device: torch.device = get_device()
     return device
 
 
