@@ -8,7 +8,6 @@ import jsonschema  # type: ignore[import-untyped]
 import kubernetes_validate
 import pytest
 import yaml
-from kuberay_fields import KINDS
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr as derive_config,
 )
@@ -18,6 +17,7 @@ from heliostat import pools
 from heliostat.cluster.render import describe, render
 from heliostat.pools import POOLS, find_pool
 from heliostat.serve.replica import Plan
+from kuberay_fields import KINDS
 
 Manifest = dict[str, Any]
 KUBERNETES = "1.36"
@@ -86,7 +86,9 @@ def spoil() -> Iterator[tuple[str, str, Callable[[Manifest], object]]]:
     yield "NetworkPolicy", "a key", lambda m: m["spec"].update(ingres=[])
 
 
-@pytest.mark.parametrize(("kind", "name", "change"), list(spoil()), ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize(
+    ("kind", "name", "change"), list(spoil()), ids=lambda value: str(value)[:12]
+)
 def test_the_api_refuses_what_it_does_not_know(
     manifests: dict[str, Manifest], kind: str, name: str, change: Callable[[Manifest], object]
 ) -> None:
