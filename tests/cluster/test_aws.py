@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -20,7 +21,7 @@ from botocore import xform_name
 
 from heliostat.cluster.config import Config, check
 from heliostat.cluster.nodes import Nodes
-from heliostat.cluster.render import describe, render
+from heliostat.cluster.render import describe, name_wheel, render
 
 PATH = Path(__file__).parents[2] / "cluster.yaml"
 REGION = "us-west-2"
@@ -320,3 +321,39 @@ def test_a_worker_may_reach_the_bucket_alone(aws: boto3.session.Session, account
     assert {"s3:GetObject", "s3:PutObject", "s3:ListBucket"} <= worker < head
     assert {"ec2:RunInstances", "iam:PassRole"} <= head
     assert "*" not in head
+
+
+@pytest.mark.faults
+def test_ray_up_starts_a_head_with_all_that_it_needs(
+    aws: boto3.session.Session, front: Front, account: None, tmp_path: Path
+) -> None:
+    """`ray up` as a user runs it; only ssh and rsync are written down instead of sent."""
+    (tmp_path / "cluster.yaml").write_text(
+        PATH.read_text().replace("name: heliostat", "name: proof")
+    )
+    shutil.copy(PATH.parent / "constraints.txt", tmp_path)
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / name_wheel()).write_bytes(b"")
+    token = Path.home() / ".config" / "heliostat" / "token"
+    token.parent.mkdir(parents=True, exist_ok=True)
+    token.write_text("secret")
+    calls = tmp_path / "calls"
+    for program in ("ssh", "rsync"):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho "{program} $*" >> {calls}\n')
+        (tmp_path / program).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "up", "--yes", "--no-config-cache"]
+    subprocess.run([*command, "cluster.yaml"], cwd=tmp_path, env=environment, check=True)
+
+    sent = calls.read_text()
+    assert "RAY_enable_autoscaler_v2=1" in sent
+    for key in ("setup_commands", "head_setup_commands", "head_start_ray_commands"):
+        for line in check(PATH)[key]:
+            assert line.split()[0] in sent
+    for mounted in (".heliostat/token", name_wheel(), "constraints.txt", "ray_bootstrap_config"):
+        assert [call for call in sent.splitlines() if call.startswith("rsync") and mounted in call]
+    filters = [{"Name": "tag:ray-cluster-name", "Values": ["proof"]}]
+    (found,) = aws.client("ec2").describe_instances(Filters=filters)["Reservations"]
+    (head,) = found["Instances"]
+    tags = {tag["Key"]: tag["Value"] for tag in head["Tags"]}
+    assert (tags["ray-node-type"], tags["ray-node-status"]) == ("head", "up-to-date")
