@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from heliostat.cli.options import Commands, add_command, add_json, add_root, ope
 from heliostat.cli.output import print_now, render_table
 
 if TYPE_CHECKING:
-    from heliostat.cluster.preflight.survey import Report
+    from heliostat.cluster.preflight.report import Report
 
 GB = 10**9
 
@@ -41,7 +42,7 @@ def add_commands(commands: Commands) -> None:
 
 def check(options: argparse.Namespace) -> int:
     _point_at_cluster(options)  # before Ray is imported, which reads the environment then
-    from heliostat.cluster.preflight import survey
+    from heliostat.cluster.preflight import asking, survey
     from heliostat.cluster.preflight.limits import Limits
     from heliostat.spec import parse_options
 
@@ -49,7 +50,7 @@ def check(options: argparse.Namespace) -> int:
     settings += ["quick=true"] * options.quick
     settings += [f"pairs={options.pairs}"] if options.pairs else []
     limits = parse_options(Limits, tuple(settings))
-    survey.connect(log_to_driver=False, logging_level="ERROR")
+    asking.connect(log_to_driver=False, logging_level="ERROR")
     report = survey.check(options.root, limits, _say_nothing if options.json else print_now)
     print(json.dumps(report.to_json(), indent=1) if options.json else render(report))
     return report.status
@@ -61,17 +62,24 @@ def render(report: "Report") -> str:
 
 
 def _list_findings(report: "Report") -> Iterator[str]:
+    """One line for each check that several nodes passed: what the first of them had."""
     names = {node.id: node.name for node in report.nodes}
-    rows = [
-        (finding.level, names.get(finding.node, finding.node), finding.check, finding.measured)
-        for finding in report.findings
+    alike = Counter((one.level, one.check) for one in report.findings if one.level == "ok")
+    first = {(one.level, one.check): one for one in reversed(report.findings)}
+    shown = [
+        one for one in report.findings if one.level != "ok" or one is first[one.level, one.check]
     ]
+    rows = []
+    for one in shown:
+        more = alike.get((one.level, one.check), 1) - 1
+        node = names.get(one.node, one.node) + (f" + {more}" if more else "")
+        rows.append((one.level, node, one.check, one.measured))
     lines = render_table(("level", "node", "check", "measured"), rows).split("\n")
     yield lines[0]
-    for line, finding in zip(lines[1:], report.findings, strict=True):
+    for line, one in zip(lines[1:], shown, strict=True):
         yield line
-        if finding.advice:
-            yield f"{'':9}-> {finding.advice}"
+        if one.advice:
+            yield f"{'':9}-> {one.advice}"
 
 
 def _list_rates(report: "Report") -> Iterator[str]:
@@ -90,7 +98,7 @@ def _list_rates(report: "Report") -> Iterator[str]:
 
 
 def _conclude(report: "Report") -> Iterator[str]:
-    from heliostat.cluster.preflight.survey import count_nodes
+    from heliostat.cluster.preflight.report import count_nodes
 
     counts = ", ".join(
         f"{sum(one.level == level for one in report.findings)} {level}"

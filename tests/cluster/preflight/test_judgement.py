@@ -1,5 +1,6 @@
 """What a check makes of measured values, without a cluster: each fault is named, by its node."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -311,7 +312,9 @@ def test_capped_rounds_are_whole_and_few_enough(count: int, most: int) -> None:
     rounds = draw_rounds([str(i) for i in range(count)])
     kept = cap_rounds(rounds, most)
     assert kept == rounds[: len(kept)]
-    assert sum(map(len, kept)) <= max(most, count // 2)
+    assert sum(map(len, kept)) <= max(most, 3 * (count // 2))
+    partners = Counter(name for pairs in kept for pair in pairs for name in pair)
+    assert min(partners.values()) >= min(2, count - 1)
     if len(kept) < len(rounds):
         assert sum(map(len, rounds[: len(kept) + 1])) > most
 

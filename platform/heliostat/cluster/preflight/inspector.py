@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,16 +93,23 @@ def _list_processes(raylet: psutil.Process, is_head: bool) -> list[psutil.Proces
     """Those of this node, and on the head those of the session that no raylet started."""
     found = [raylet, *raylet.children(recursive=True)]
     if is_head:
-        session = ray._private.worker._global_node.session_name
-        for process in psutil.process_iter():
-            try:
-                of_session = session in " ".join(process.cmdline()) and process.ppid() == 1
-                is_raylet = process.name() == "raylet"
-            except psutil.Error:
-                continue
-            if of_session and not is_raylet:
-                found.append(process)
+        found += _list_head_processes()
     return found
+
+
+def _list_head_processes() -> Iterator[psutil.Process]:
+    """Those that name the session and have no raylet above them: GCS, dashboard and the like."""
+    session = ray._private.worker._global_node.session_name
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            of_session = session in " ".join(process.cmdline())
+            if of_session and "raylet" not in _name_line(process):
+                yield from (process, *process.children(recursive=True))
+
+
+def _name_line(process: psutil.Process) -> set[str]:
+    """The names of a process and of all above it."""
+    return {one.name() for one in (process, *process.parents())}
 
 
 def _read_room(raylet: psutil.Process, environment: dict[str, str], store_bytes: int) -> Room:

@@ -159,7 +159,10 @@ def _judge_whole(check: str, fabric: Fabric) -> list[Finding]:
             return []
         advice = "see what else failed: with a node that does not answer nobody gets through"
         return [Finding(CLUSTER, check, "failed", "all together: no answer in time", advice)]
-    measured = f"all {fabric.nodes} together: {describe_speed(fabric.whole)}"
+    measured = (
+        f"all {fabric.nodes} together: {_describe(fabric.whole)}; {len(fabric.pairs)} of "
+        f"{fabric.all_pairs} pairs measured"
+    )
     expected = _expect(fabric.place)
     if expected and fabric.whole.reduce < expected / 2:
         advice = (
@@ -176,10 +179,9 @@ def _expect(place: str) -> float:
     return RING_SHARE * network.get(place, 0.0)
 
 
-def describe_speed(speed: Speed) -> str:
-    send = f", one to the other {_gb(speed.send)}" if speed.send else ""
+def _describe(speed: Speed) -> str:
     return (
-        f"all-reduce {_gb(speed.reduce)}, all-gather {_gb(speed.gather)}{send}, "
+        f"all-reduce {_gb(speed.reduce)}, all-gather {_gb(speed.gather)}, "
         f"{speed.latency_seconds * 1e6:,.0f} us"
     )
 

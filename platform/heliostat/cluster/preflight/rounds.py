@@ -22,7 +22,11 @@ def draw_rounds(names: Sequence[str]) -> list[list[Pair]]:
 
 
 def cap_rounds(rounds: Sequence[list[Pair]], most_pairs: int) -> list[list[Pair]]:
-    """The first rounds, whole, as long as they have no more pairs in all; at least the first."""
+    """The first rounds, whole, as long as they have no more pairs in all.
+
+    But so many that each node has two partners: one who has met but a slow node looks like it.
+    """
     totals = accumulate(len(pairs) for pairs in rounds)
     kept = sum(total <= most_pairs for total in totals)
-    return list(rounds[: max(kept, 1)])
+    is_odd = len({name for pairs in rounds for pair in pairs for name in pair}) % 2
+    return list(rounds[: max(kept, 2 + is_odd)])
