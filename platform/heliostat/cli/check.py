@@ -64,14 +64,13 @@ def render(report: "Report") -> str:
 def _list_findings(report: "Report") -> Iterator[str]:
     """One line for each check that several nodes passed: what the first of them had."""
     names = {node.id: node.name for node in report.nodes}
-    alike = Counter((one.level, one.check) for one in report.findings if one.level == "ok")
-    first = {(one.level, one.check): one for one in reversed(report.findings)}
-    shown = [
-        one for one in report.findings if one.level != "ok" or one is first[one.level, one.check]
-    ]
+    passed = [one for one in report.findings if one.level == "ok"]
+    alike = Counter(one.check for one in passed)
+    first = {one.check: one for one in reversed(passed)}
+    shown = [one for one in report.findings if one.level != "ok" or one is first[one.check]]
     rows = []
     for one in shown:
-        more = alike.get((one.level, one.check), 1) - 1
+        more = alike[one.check] - 1 if one.level == "ok" else 0
         node = names.get(one.node, one.node) + (f" + {more}" if more else "")
         rows.append((one.level, node, one.check, one.measured))
     lines = render_table(("level", "node", "check", "measured"), rows).split("\n")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import median_high
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heliostat.cluster.preflight.finding import CLUSTER, Finding, shorten
 from heliostat.cluster.preflight.rounds import Pair
@@ -93,7 +93,7 @@ def measure_speed(backend: str, rank: int, ranks: int, device: "torch.device") -
 
 
 def join_group(
-    backend: str, meeting: tuple[str, int], rank: int, ranks: int, seconds: float, own: object
+    backend: str, meeting: tuple[str, int], rank: int, ranks: int, seconds: float, own: Any
 ) -> Speed:
     """Meet the others at `meeting`, measure, and leave; `own` is the store of rank 0, kept open."""
     import torch

@@ -139,7 +139,8 @@ def _count_gpus(nodes: Sequence[Node], accounts: Mapping[str, Account]) -> dict[
 
 def _ask_clocks(actors: Actors, limits: Limits) -> tuple[dict[str, clock.Offset], dict[str, str]]:
     """One node after the other, so that no question waits behind another."""
-    offsets, silent = {}, {}
+    offsets: dict[str, clock.Offset] = {}
+    silent: dict[str, str] = {}
     for node, actor in actors.items():
         samples = []
         for _ in range(QUESTIONS):
