@@ -148,11 +148,12 @@ def test_a_hung_node_is_named_within_its_time(bucket: str, join: Join) -> None:
     (raylet,) = (p for p in processes.find(joined.marker) if p.info["name"] == "raylet")
     raylet.suspend()
     try:
-        report = look(bucket, quick=True, answer_seconds=30)
+        report = look(bucket, quick=True, answer_seconds=15)
     finally:
         raylet.resume()
+    # Ray itself gives a hung node up after 18 s; what is said of it depends on who is first.
     (finding,) = wrong(report, joined.id)
-    assert (finding.check, finding.measured) == ("answer", "no answer in 30 s")
+    assert (finding.check, finding.level) == ("answer", "failed")
     assert not wrong(report, joined.head)
     assert report.failed_nodes == [joined.id]
 
