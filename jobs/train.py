@@ -5,6 +5,7 @@ ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- \\
 """
 
 from heliostat import spec, storage
+from heliostat.cluster.preflight.survey import require_healthy
 from heliostat.data.manifest import check_shards
 from heliostat.data.prepare import require_prepared
 from heliostat.job import run
@@ -18,6 +19,7 @@ def main(path: str, *overrides: str) -> None:
     storage.probe(store)
     manifest = require_prepared(wanted)
     check_shards(store, manifest)
+    require_healthy(wanted)
     result = train(wanted, manifest)
     version = publish(wanted, manifest, result)
     print("  ".join(f"{key} {value:,.4g}" for key, value in version.metrics.items()))

@@ -9,7 +9,7 @@ from typing import NoReturn
 from heliostat.errors import HeliostatError, printable
 
 
-def run(main: Callable[..., None]) -> None:
+def run(main: Callable[..., int | None]) -> None:
     """Call a job's `main` with the arguments of the command line, and exit as `conclude` says."""
     path, *overrides = sys.argv[1:] or [""]
     if path in ("", "-h", "--help"):

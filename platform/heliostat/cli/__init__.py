@@ -3,10 +3,21 @@
 import argparse
 from collections.abc import Sequence
 
-from heliostat.cli import cluster, deploy, keys, models, nodes, plan, rendering, upload, usage
+from heliostat.cli import (
+    check,
+    cluster,
+    deploy,
+    keys,
+    models,
+    nodes,
+    plan,
+    rendering,
+    upload,
+    usage,
+)
 from heliostat.job import conclude
 
-GROUPS = (cluster, rendering, nodes, upload, plan, models, deploy, keys, usage)
+GROUPS = (cluster, rendering, nodes, check, upload, plan, models, deploy, keys, usage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

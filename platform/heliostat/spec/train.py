@@ -15,6 +15,8 @@ from heliostat.spec.section import (
     refuse_other_names,
 )
 
+# As Ray writes it, in full: a label selector takes no less.
+NodeId = Annotated[str, Field(pattern=r"^[0-9a-f]{56}$")]
 Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 READERS = {
     "momentum": ("sgd", "rmsprop"),
@@ -101,6 +103,9 @@ class TrainSpec(Section):
 
     Every `validate_steps` the run waits for a validation, which steers it and ranks checkpoints;
     with `validate_async` it goes on, and its checkpoints are scored beside it.
+
+    With `preflight` the nodes are asked first what is wrong with them; on those of `avoid_nodes`,
+    by their ids, no worker is started.
     """
 
     run: str | None = None
@@ -129,6 +134,8 @@ class TrainSpec(Section):
     keep_checkpoints: Annotated[int, Field(ge=2, strict=True)] = 2
     max_failures: Natural = 3
     hang_seconds: PositiveFloat = 600
+    preflight: bool = False
+    avoid_nodes: tuple[NodeId, ...] = ()
 
     @property
     def fewest_workers(self) -> int:

@@ -23,6 +23,7 @@ from heliostat.spec.difference import refuse_changes
 from heliostat.storage import Conflict, Store
 from heliostat.train import checkpoint, lease, scoring
 from heliostat.train.ahead import look_ahead
+from heliostat.train.avoided import select_others, sum_resources
 from heliostat.train.checkpoint import Corrupt
 from heliostat.train.failures import Failures
 from heliostat.train.job import Job, failure_key, result_key
@@ -47,6 +48,8 @@ _NOT_IDENTITY = {
     "hang_seconds",
     "cache_share",
     "keep_checkpoints",
+    "preflight",
+    "avoid_nodes",
 }
 
 
@@ -117,7 +120,8 @@ def _check_validation(run: RunSpec, manifest: Manifest) -> None:
 
 
 def _check_cluster(run: RunSpec) -> None:
-    train, total = run.train, ray.cluster_resources()
+    train = run.train
+    total = sum_resources(train.avoid_nodes)
     workers, scored = train.fewest_workers, train.validate_async
     if pool := pools.find_pool("training"):
         _check_pool(run, pool)
@@ -190,6 +194,7 @@ def _fit(job: Job) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=train.gpus_per_worker > 0,
+            label_selector=select_others(train.avoid_nodes),
             resources_per_worker={
                 "CPU": train.cpus_per_worker,
                 "GPU": train.gpus_per_worker,
@@ -199,6 +204,7 @@ def _fit(job: Job) -> None:
         ),
         run_config=ray.train.RunConfig(name=job.run, storage_path=find_scratch()),
         failures=Failures(job),
+        avoided=train.avoid_nodes,
     )
     trainer.fit()
 

@@ -1,8 +1,10 @@
 """Ray's trainer, as a run needs it: without what it does not use, and off nodes that will go."""
 
+from collections.abc import Collection
 from typing import Any
 
 import ray
+import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import (
@@ -12,16 +14,20 @@ from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from heliostat.train.avoided import list_resources
+
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Without two actors that Ray starts, each for a second of two cores: one manages data sets
     that are passed to Ray, one cleans up after a dead controller, as the end of the job does.
 
-    `failures` decides what follows the end of the workers.
+    `failures` decides what follows the end of the workers, none of which is on an `avoided` node.
     """
 
-    def __init__(self, *args: Any, failures: FailurePolicy, **options: Any) -> None:
-        self._failures = failures
+    def __init__(
+        self, *args: Any, failures: FailurePolicy, avoided: Collection[str] = (), **options: Any
+    ) -> None:
+        self._failures, self._avoided = failures, avoided
         super().__init__(*args, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -35,7 +41,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["failure_policy"] = self._failures
         if self.scaling_config.elasticity_enabled:
-            options["scaling_policy"] = _StayingNodes(self.scaling_config)
+            options["scaling_policy"] = _StayingNodes(self.scaling_config, self._avoided)
         return super()._initialize_and_run_controller(**options)
 
 
@@ -46,10 +52,18 @@ def find_scratch() -> str:
 
 class _StayingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     """Ray itself counts on a draining node for as long as it lives, but places no worker there: a
-    run that was told to leave would wait for that node until its end."""
+    run that was told to leave would wait for that node until its end. Nor does it heed a label
+    selector when it reserves, so with `avoided` nodes all that the others have counts as reserved.
+    """
+
+    def __init__(self, scaling: ray.train.ScalingConfig, avoided: Collection[str]) -> None:
+        super().__init__(scaling)
+        self._avoided = avoided
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         draining = ray._private.state.state.get_draining_nodes()
+        if self._avoided and reserved_resources:
+            reserved_resources = list_resources(self._avoided)
         staying = {
             node: resources
             for node, resources in reserved_resources.items()
