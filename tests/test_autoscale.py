@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -225,6 +226,32 @@ def test_missing_spot_capacity_is_made_up_for_on_demand(
     finally:
         scaled.home.capacity.unlink()
     wait_until(lambda: not local.list_nodes(scaled), 60)
+
+
+@pytest.mark.faults
+def test_replicas_bring_a_node_and_from_none_the_first_request_is_answered(
+    scaled: Cluster, spec: Path, wait_until: WaitUntil
+) -> None:
+    prepare(scaled, spec)
+    assert run(scaled, "train", spec, "train.workers=1").returncode == 0
+    settings = ["replicas=[0,1]", "scale_down_s=2", "request_timeout_s=120", "auth=false"]
+    done = run(scaled, "deploy", spec, *(f"deploy.{setting}" for setting in settings))
+    assert done.returncode == 0, done.stderr[-2000:]
+    wait_until(lambda: not local.list_nodes(scaled), 120)
+    row = {f"x{place:03}": 0.5 for place in range(20)}
+    request = urllib.request.Request(
+        f"{scaled.edge_url}/v1/models/scaled:predict",
+        json.dumps({"instances": [row]}).encode(),
+        {"content-type": "application/json"},
+    )
+    began = time.monotonic()
+    with watch(scaled) as seen, urllib.request.urlopen(request, timeout=150) as answer:
+        assert answer.status == 200
+        assert "y0" in answer.read().decode()
+    assert count(seen["serving"]) == 1
+    print(f"answered from no replica and no node after {time.monotonic() - began:.1f} s")
+    wait_until(lambda: not local.list_nodes(scaled), 120)
+    print(scaled.home.nodes_log.read_text())
 
 
 @pytest.mark.faults
