@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from heliostat.cli.options import Commands, add_command, add_json
+from heliostat.cli.options import Commands, add_command, add_json, load_cluster
 from heliostat.cli.output import GIB, MIB, print_now
 from heliostat.errors import HeliostatError
 
@@ -211,12 +211,8 @@ def _read_listen(options: argparse.Namespace) -> "Listen | None":
 
 
 def _read_pools(options: argparse.Namespace) -> "ClusterSpec | None":
-    from heliostat import spec
-    from heliostat.pools import ClusterSpec
-
     if options.autoscale:
-        defaults = ClusterSpec().model_dump(mode="json")
-        return spec.load_section(ClusterSpec, options.cluster, tuple(options.settings), defaults)
+        return load_cluster(options.cluster, tuple(options.settings))
     if options.settings or options.cluster:
         raise HeliostatError("a description of a cluster is for --autoscale: add that")
     return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from heliostat.errors import HeliostatError
 
 if TYPE_CHECKING:
+    from heliostat.pools import ClusterSpec
     from heliostat.storage import Store
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -67,6 +68,18 @@ def open_store(options: argparse.Namespace) -> "Store":
             )
         os.environ.update(cluster.env if cluster else {})
     return storage.connect(options.root)
+
+
+def load_cluster(path: str | None, settings: tuple[str, ...]) -> "ClusterSpec":
+    """The description of a cluster in the file at `path`, or the default one, with `settings`.
+
+    Raises:
+        HeliostatError: the file cannot be read, or a key is unknown or out of range.
+    """
+    from heliostat import spec
+    from heliostat.pools import ClusterSpec
+
+    return spec.load_section(ClusterSpec, path, settings, ClusterSpec().model_dump(mode="json"))
 
 
 def add_parser(

@@ -8,7 +8,13 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from heliostat.cli.options import Commands, add_command, add_json, open_store
+from heliostat.cli.options import (
+    Commands,
+    add_command,
+    add_json,
+    load_cluster,
+    open_store,
+)
 from heliostat.cli.output import render_table
 from heliostat.errors import HeliostatError
 from heliostat.quantity import as_quantity, as_seconds
@@ -46,7 +52,8 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--on",
         metavar="MACHINE",
-        help="a machine of the table, or `cluster`: the one that runs (default: all of the table)",
+        help="a machine of the table, FILE.yaml: the description of a cluster, or `cluster`: the "
+        "one that runs (default: all of the table)",
     )
     command.add_argument("--rows", type=_number, help="rows of an epoch, where none are prepared")
     command.add_argument("--tokens", type=_number, help="what the run is trained on in all")
@@ -136,12 +143,15 @@ def _on_machines(make: "Callable[[Machine], AnyPlan]", asked: "Machine | None") 
 
 
 def _find_machine(spec: "RunSpec", options: argparse.Namespace) -> "Machine | None":
-    """That of --on; of a cluster the one that RAY_ADDRESS names, or else the laptop's."""
+    """That of --on: by its name, of a description's training pool, or of the cluster that runs,
+    which RAY_ADDRESS names, or else the laptop's."""
     import logging
     import os
 
     from heliostat import hardware, local
 
+    if (options.on or "").endswith((".yaml", ".yml")):
+        return hardware.find_machine(load_cluster(options.on, ()).training.machine)
     if options.on != CLUSTER:
         return hardware.find_machine(options.on) if options.on else None
 
