@@ -136,7 +136,7 @@ def test_workers_that_want_gpus_get_as_many_machines() -> None:
 def test_what_a_machine_cannot_do_is_said() -> None:
     with pytest.raises(HeliostatError, match="T4 does not compute in bf16, only in fp32, fp16"):
         compose_fleet(find_machine("g4dn.xlarge"), 1, "bf16", 1, 1)
-    with pytest.raises(HeliostatError, match=r"there is no machine 'p9'.*use one of m7i\.4xlarge"):
+    with pytest.raises(HeliostatError, match=r"there is no machine 'p9'.*use one of m7i\.2xlarge"):
         find_machine("p9")
 
 
