@@ -261,7 +261,7 @@ def test_ray_that_comes_back_within_the_notice_is_told(
 ) -> None:
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
     node = join(join_node, wait_until)
-    occupy(node)
+    held = occupy(node)
     leaving = tmp_path / "leaving"
     options = ["--source", f"file:{leaving}", "--node", node]
     (gcs,) = [p for p in processes.find(cluster.state.marker("ray")) if is_gcs(p)]
@@ -275,6 +275,7 @@ def test_ray_that_comes_back_within_the_notice_is_told(
             gcs.resume()
         wait_until(lambda: agent.count("node "), 60)
     assert node in list_draining()
+    ray.kill(held)
 
 
 def test_the_command_refuses_what_it_cannot_drain(

@@ -32,10 +32,19 @@ CPUS_PER_REPLICA = 2
 
 
 @pytest.fixture
-def head_is_full(cluster: Cluster, digits: str) -> Iterator[PlacementGroup]:
+def head_is_full(
+    cluster: Cluster, store: Store, digits: str, wait_until: Wait
+) -> Iterator[PlacementGroup]:
     """Leaves the head one CPU, less than a replica takes, until the group is removed."""
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
-    group = placement_group([{"CPU": ray.available_resources()["CPU"] - 1}])
+    deploy(make_spec(store.uri, version=1))
+
+    def count_taken() -> float:
+        free: float = ray.available_resources().get("CPU", 0)
+        return float(ray.cluster_resources()["CPU"]) - free
+
+    wait_until(lambda: count_taken() == 1, 120)
+    group = placement_group([{"CPU": ray.cluster_resources()["CPU"] - 2}])
     assert group.wait(60)
     yield group
     remove_placement_group(group)
@@ -73,7 +82,7 @@ def test_a_replica_moves_off_a_node_that_goes_without_a_failed_request(
         found: list[dict[str, Any]] = find_application(serve_client)["deployments"]["Replica"][
             "replicas"
         ]
-        return [replica["node_id"] for replica in found]
+        return [replica.get("node_id") for replica in found]
 
     def list_living() -> set[str]:
         return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
