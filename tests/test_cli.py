@@ -24,6 +24,7 @@ from heliostat.local.home import Home, furnish, read_state
 COMMANDS = (
     *(["up"], ["edge"], ["status"], ["env"], ["down"], ["upload"]),
     *(["models"], ["models", "show"], ["models", "alias"], ["export"]),
+    *(["submit"], ["jobs"], ["logs"], ["stop"], ["why"]),
     *(["plan"], ["deploy"], ["rollback"], ["deployments"]),
     *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
 )

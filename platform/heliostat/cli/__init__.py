@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from heliostat.cli import cluster, deploy, keys, models, plan, upload, usage
+from heliostat.cli import cluster, deploy, jobs, keys, models, plan, upload, usage
 from heliostat.job import conclude
 
-GROUPS = (cluster, upload, plan, models, deploy, keys, usage)
+GROUPS = (cluster, upload, plan, jobs, models, deploy, keys, usage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from ray.train.v2._internal.execution.failure_handling import (
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from heliostat import storage
+from heliostat.train.allotment import find_allotment
 from heliostat.train.job import Job, Preempted, failure_key
 
 DEATHS = (RayActorError, OutOfMemoryError)
@@ -26,7 +27,7 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
     """Has the workers of a run start again until they failed more than `train.max_failures` times.
 
     An end that a node's notice brought is no failure, and what a retry cannot mend is not tried
-    again: the worker has then written down why.
+    again: the worker has then written down why. Nor is a run that may have no workers any more.
     """
 
     def __init__(self, job: Job) -> None:
@@ -35,6 +36,8 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
         self._failed = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if find_allotment(self._job) == 0:
+            return FailureDecision.RAISE
         errors = find_ends(training_failed_error)
         if not errors or any(map(_was_announced, errors.values())):
             return super().make_decision(training_failed_error)

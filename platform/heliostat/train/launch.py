@@ -4,7 +4,10 @@ import contextlib
 import json
 import os
 import secrets
+import threading
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -22,6 +25,7 @@ from heliostat.spec import RunSpec
 from heliostat.spec.difference import refuse_changes
 from heliostat.storage import Conflict, Store
 from heliostat.train import checkpoint, lease, scoring
+from heliostat.train.allotment import allot, find_allotment, forget
 from heliostat.train.checkpoint import Corrupt
 from heliostat.train.failures import Failures
 from heliostat.train.job import Job, failure_key, result_key
@@ -29,6 +33,8 @@ from heliostat.train.scoring import Scorer
 from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
 
 RESIZE_SECONDS = 30.0
+# Of the 30 s that a job is given to end (RAY_JOB_STOP_WAIT_TIME_S).
+SAVE_SECONDS = 25.0
 MAX_WORDS = 300
 
 # What may change between two tries of the same run.
@@ -139,7 +145,7 @@ def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> No
     # The rows of the first step are on their way while the workers start.
     actor.chunk.remote(order.locate(_reached(store, job))[0])
     try:
-        _fit(job)
+        _fit_until_stopped(job)
     except ray.train.TrainingFailedError as error:
         raise HeliostatError(_failure(store, job.run, error)) from error
     except RayActorError as error:
@@ -155,6 +161,30 @@ def _reached(store: Store, job: Job) -> int:
     """The step that the workers will most likely go on from."""
     found = [one.step for one in checkpoint.find(store, job.run) if one.committed]
     return min(max(found, default=0), job.steps - 1)
+
+
+def _fit_until_stopped(job: Job) -> None:
+    """Where the job is told to end (Ctrl-C, SIGTERM), the workers first save where they are."""
+    fitting = Future[None]()
+
+    def run() -> None:
+        try:
+            _fit(job)
+            fitting.set_result(None)
+        except BaseException as error:
+            fitting.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    try:
+        fitting.result()
+    except (KeyboardInterrupt, SystemExit):
+        if not fitting.done():
+            print("told to end: saving where the run is", flush=True)
+            allot(job, 0)
+            wait([fitting], SAVE_SECONDS)
+        raise
+    finally:
+        forget(job)
 
 
 def _fit(job: Job) -> None:
@@ -174,6 +204,7 @@ def _fit(job: Job) -> None:
         ),
         run_config=ray.train.RunConfig(name=job.run, storage_path=find_scratch()),
         failures=Failures(job),
+        allotted=partial(find_allotment, job),
     )
     trainer.fit()
 

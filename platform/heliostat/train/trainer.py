@@ -1,5 +1,6 @@
 """Ray's trainer, as a run needs it: without what it does not use, and off nodes that will go."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 )
 from ray.train.v2._internal.execution.failure_handling import FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
@@ -17,11 +19,18 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Without two actors that Ray starts, each for a second of two cores: one manages data sets
     that are passed to Ray, one cleans up after a dead controller, as the end of the job does.
 
-    `failures` decides what follows the end of the workers.
+    `failures` decides what follows the end of the workers, `allotted` says how many there may be,
+    None if nobody has said it.
     """
 
-    def __init__(self, *args: Any, failures: FailurePolicy, **options: Any) -> None:
-        self._failures = failures
+    def __init__(
+        self,
+        *args: Any,
+        failures: FailurePolicy,
+        allotted: Callable[[], int | None],
+        **options: Any,
+    ) -> None:
+        self._failures, self._allotted = failures, allotted
         super().__init__(*args, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -35,7 +44,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["failure_policy"] = self._failures
         if self.scaling_config.elasticity_enabled:
-            options["scaling_policy"] = _StayingNodes(self.scaling_config)
+            options["scaling_policy"] = _StayingNodes(self.scaling_config, self._allotted)
         return super()._initialize_and_run_controller(**options)
 
 
@@ -46,7 +55,21 @@ def find_scratch() -> str:
 
 class _StayingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     """Ray itself counts on a draining node for as long as it lives, but places no worker there: a
-    run that was told to leave would wait for that node until its end."""
+    run that was told to leave would wait for that node until its end.
+
+    Of the nodes that stay it asks for and takes no more than was allotted.
+    """
+
+    def __init__(self, scaling: ScalingConfig, allotted: Callable[[], int | None]) -> None:
+        super().__init__(scaling)
+        self._allotted = allotted
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self._cap(super()._get_num_workers_for_resource_request())
+
+    def _cap(self, workers: int) -> int:
+        allotted = self._allotted()
+        return workers if allotted is None else min(workers, allotted)
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         draining = ray._private.state.state.get_draining_nodes()
@@ -55,8 +78,7 @@ class _StayingNodes(ElasticScalingPolicy):  # type: ignore[misc]
             for node, resources in reserved_resources.items()
             if node not in draining
         }
-        workers: int = super()._count_possible_workers(staying)
-        return workers
+        return self._cap(super()._count_possible_workers(staying))
 
 
 class _Meeting(Backend):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from heliostat import storage
 from heliostat.data import stream
 from heliostat.errors import HeliostatError
+from heliostat.train.allotment import find_allotment
 from heliostat.train.gauges import Gauges
 from heliostat.train.job import Job, failure_key
 from heliostat.train.loop import Ranks
@@ -41,7 +42,7 @@ def work(job: Job) -> None:
         device,
         context.get_local_world_size(),
         stream.fetch_from(ray.get_actor(job.reader)),
-        _watch_for_notice(),
+        _watch_for_notice(job, ranks),
         [Gauges(job.run)] if ranks.rank == 0 else [],
     )
     # Said once by every worker of a network with one input channel; it costs nothing here.
@@ -80,18 +81,25 @@ def _join(ranks: Ranks, device: torch.device) -> None:
     )
 
 
-def _watch_for_notice() -> Callable[[], bool]:
-    """Whether the node of this worker will be taken away, as a thread finds out.
+def _watch_for_notice(job: Job, ranks: Ranks) -> Callable[[], bool]:
+    """Whether the workers are to save and end, as a thread finds out: the node of this one will be
+    taken away, or the run may have fewer workers than it has.
 
     Ray Train has an actor for it, a process more that starts just when the workers do.
     """
     noticed = threading.Event()
     node = ray.get_runtime_context().get_node_id()
 
+    def is_too_large() -> bool:
+        if ranks.rank:
+            return False
+        allotted = find_allotment(job)
+        return allotted is not None and allotted < ranks.world_size
+
     def watch() -> None:
         while not noticed.wait(NOTICE_SECONDS):
             with suppress(Exception):  # Ray's control store is away for a while: ask again
-                if node in ray._private.state.state.get_draining_nodes():
+                if node in ray._private.state.state.get_draining_nodes() or is_too_large():
                     noticed.set()
 
     threading.Thread(target=watch, name="notice", daemon=True).start()
