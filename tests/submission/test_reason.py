@@ -25,7 +25,24 @@ STEP = "\x1b[36m(RayTrainWorker pid=1)\x1b[0m step 1,200/4,000  epoch 3  loss 1 
             "its program needs 1 x 2 CPU: it waits until that is free; 1 CPU left, job big has 3",
             True,
         ),
-        (Situation("RUNNING", queue="it waits for b"), "it waits for b", True),
+        (
+            Situation("RUNNING", supervisor="ALIVE",
+                      lines=("its turn: 2 workers", "in the queue: b saves", "noise")),
+            "it waits in the queue: b saves",
+            True,
+        ),
+        (
+            Situation("RUNNING", supervisor="ALIVE",
+                      lines=("in the queue: b saves", "its turn: 2 workers", STEP.format(9))),
+            "it trains: step 1,200",
+            False,
+        ),
+        (
+            Situation("RUNNING", supervisor="ALIVE",
+                      lines=(STEP.format(9), "in the queue: b saves", "its turn: 2 workers")),
+            "its turn has come: 2 workers start",
+            False,
+        ),
         (
             Situation("RUNNING", "", "ALIVE", (WORKERS,), KINDS, HOLDERS),
             "a group of workers needs 2 x 1 CPU: it waits until that is free; "

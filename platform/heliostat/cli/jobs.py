@@ -11,16 +11,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat.cli.options import Commands, add_command, add_json, point_at_cluster
+from heliostat.cli.options import (
+    Commands,
+    add_command,
+    add_json,
+    add_root,
+    open_store,
+    point_at_cluster,
+)
 from heliostat.cli.output import print_now, render_table
-from heliostat.errors import printable
+from heliostat.errors import HeliostatError, printable
 
 if TYPE_CHECKING:
     from heliostat.spec import RunSpec
     from heliostat.submission.fit import Need
     from heliostat.submission.jobs import Jobs, JobState
     from heliostat.submission.order import Order
-    from heliostat.submission.reason import Situation
     from heliostat.submission.upload import Package
 
 INTERRUPTED = 130
@@ -41,6 +47,7 @@ def add_commands(commands: Commands) -> None:
         "list the jobs of the cluster, the newest first",
         ["heliostat jobs", "heliostat jobs --json"],
     )
+    add_root(command)
     add_json(command)
     command = add_command(
         commands,
@@ -152,15 +159,33 @@ def list_jobs(options: argparse.Namespace) -> None:
     from heliostat.submission.jobs import Jobs
 
     point_at_cluster(options)
-    found = Jobs().list()
+    jobs = Jobs()
+    found = jobs.list()
+    turns = _read_turns(options, jobs)
     if options.json:
-        print(json.dumps([_to_json(state) for state in found]))
+        print(json.dumps([{**_to_json(one), "queue": turns.get(one.ray_job)} for one in found]))
         return
     if not found:
         print("No job has been submitted to this cluster.")
         return
-    header = ("job", "status", "what", "started (UTC)", "for", "who", "team", "priority")
-    print(printable(render_table(header, [_to_row(state) for state in found])))
+    header = ("job", "status", "what", "started (UTC)", "for", "who", "team", "priority", "queue")
+    rows = [(*_to_row(one), turns.get(one.ray_job, "")) for one in found]
+    print(printable(render_table(header, rows)))
+
+
+def _read_turns(options: argparse.Namespace, jobs: "Jobs") -> dict[str, str]:
+    """Where the trainings of this cluster stand in the queue of `--root`, by Ray's job id."""
+    from heliostat.queue import list_places
+    from heliostat.tickets import read_board
+
+    try:
+        tickets = read_board(open_store(options), jobs.find_session()).tickets
+    except HeliostatError as error:
+        print(f"the queue is not shown: {error}", file=sys.stderr)
+        return {}
+    running = {one.id: f"{one.held} workers" for one in tickets if one.held}
+    waiting = {one.id: f"waits as number {place}" for place, one in list_places(tickets)}
+    return {name.partition("-")[0]: told for name, told in (running | waiting).items()}
 
 
 def show_logs(options: argparse.Namespace) -> int:
@@ -215,7 +240,7 @@ def explain_job(options: argparse.Namespace) -> None:
     point_at_cluster(options)
     jobs = Jobs()
     state = jobs.require(options.job)
-    sentences = explain(_observe(jobs, state))
+    sentences = explain(jobs.observe(state))
     if options.json:
         print(json.dumps({"id": state.id, "status": state.status, "why": sentences}))
         return
@@ -303,7 +328,7 @@ def _follow(
         output.write(text)
         output.flush()
 
-    watch = Watch(jobs, job, show, say, lambda state: _observe(jobs, state))
+    watch = Watch(jobs, job, show, say)
     state: JobState | None
     try:
         state = watch.run()
@@ -329,10 +354,6 @@ def _stop_or_leave(jobs: "Jobs", job: str, say: Any) -> "JobState | None":
         return stop(jobs, job)
     except KeyboardInterrupt:
         return None
-
-
-def _observe(jobs: "Jobs", state: "JobState") -> "Situation":
-    return jobs.observe(state)
 
 
 def _say_next(job: str) -> str:

@@ -8,7 +8,7 @@ import aiohttp
 
 from heliostat.errors import HeliostatError
 from heliostat.submission.jobs import Jobs, JobState
-from heliostat.submission.reason import Situation, explain, is_waiting
+from heliostat.submission.reason import explain, is_waiting
 
 Say = Callable[[str], None]
 LOOK_SECONDS = 1.0
@@ -19,16 +19,10 @@ STOP_SECONDS = 45.0
 
 
 class Watch:
-    """One job: `show` gets what it prints, `say` what there is to say of it.
+    """One job: `show` gets what it prints, `say` what there is to say of it."""
 
-    `observe` says what surrounds it.
-    """
-
-    def __init__(
-        self, jobs: Jobs, job: str, show: Say, say: Say, observe: Callable[[JobState], Situation]
-    ) -> None:
+    def __init__(self, jobs: Jobs, job: str, show: Say, say: Say) -> None:
         self._jobs, self._job, self._show, self._say = jobs, job, show, say
-        self._observe = observe
         self._heard = time.monotonic()
         self._shown = 0
         self._reason = ""
@@ -85,7 +79,7 @@ class Watch:
             self._heard = time.monotonic()
             try:
                 state = await asyncio.to_thread(self._jobs.require, self._job)
-                situation = await asyncio.to_thread(self._observe, state)
+                situation = await asyncio.to_thread(self._jobs.observe, state)
             except (HeliostatError, RuntimeError):
                 continue
             reason = "; ".join(explain(situation)) if is_waiting(situation) else ""

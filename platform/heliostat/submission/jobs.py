@@ -12,7 +12,7 @@ from typing import Any
 
 import requests
 import yaml
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 
@@ -167,7 +167,13 @@ class Jobs:
         names = {kind.name for kind in declared}
         return (*(kind for kind in kinds if kind.name not in names), *declared), not are_all
 
-    def observe(self, state: JobState, queue: str = "") -> Situation:
+    def find_session(self) -> str:
+        """The name of the cluster, under which its queue lies in the bucket."""
+        with _explained(self.address):
+            answer = self.client._do_request("GET", "/api/v0/cluster_metadata")
+        return str(answer.json()["data"]["sessionName"])
+
+    def observe(self, state: JobState) -> Situation:
         """The situation of a job now."""
         with _explained(self.address):
             actors = list_actors(
@@ -188,7 +194,6 @@ class Jobs:
             tuple(_list_holders(names, actors, groups)),
             grows,
             tuple(list_launches()),
-            queue,
             tuple("".join(self.read_log(state, TAIL_LINES)).splitlines()),
         )
 
@@ -233,7 +238,7 @@ def list_launches() -> Iterator[str]:
         return
     try:
         status = get_cluster_status(address, timeout=3)
-    except Exception as error:  # Ray's own, of many kinds: the rest is known without it
+    except (RayError, RuntimeError, OSError) as error:  # the rest is known without it
         yield f"the autoscaler at {address} does not answer ({type(error).__name__})"
         return
     for launch in status.pending_launches:

@@ -9,6 +9,8 @@ from heliostat.submission.fit import Kind, Resources, show
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 SHOWN_HOLDERS = 5
 MAX_WORDS = 400
+# What a training says of its turn; the last one counts.
+_QUEUE = re.compile(r"^(?:in the queue: (.*)|its turn: .*)$")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Situation:
 
     `supervisor` is the state of the actor that runs the job's program, `kinds` what nodes there can
     be (with `may_grow` there may be others that nobody told of), `launches` what the autoscaler
-    says of nodes that are on their way or did not come, `queue` what the queue says.
+    says of nodes that are on their way or did not come, `lines` the last that the job printed.
     """
 
     status: str
@@ -50,7 +52,6 @@ class Situation:
     holders: tuple[Holder, ...] = ()
     may_grow: bool = False
     launches: tuple[str, ...] = ()
-    queue: str = ""
     lines: tuple[str, ...] = ()
 
 
@@ -58,8 +59,8 @@ def explain(situation: Situation) -> list[str]:
     """What the job waits for or does, the most telling first; at least one sentence."""
     if situation.status in ENDED:
         return [_tell_end(situation)]
-    if situation.queue:
-        return [situation.queue]
+    if reason := find_queue_reason(situation.lines):
+        return [f"it waits in the queue: {reason}"]
     if situation.requests:
         return [*_tell_requests(situation), *situation.launches]
     if situation.status == "PENDING":
@@ -75,8 +76,16 @@ def explain(situation: Situation) -> list[str]:
 def is_waiting(situation: Situation) -> bool:
     """Whether the job is held up by something that has a name."""
     return situation.status not in ENDED and bool(
-        situation.status == "PENDING" or situation.queue or situation.requests
+        situation.status == "PENDING" or situation.requests or find_queue_reason(situation.lines)
     )
+
+
+def find_queue_reason(lines: Sequence[str]) -> str:
+    """Why the job waits in the queue, as it said when that last changed; "" if it does not."""
+    for line in reversed(lines):
+        if found := _QUEUE.match(line):
+            return found[1] or ""
+    return ""
 
 
 def free(kinds: Sequence[Kind], holders: Sequence[Holder]) -> Mapping[str, float]:
@@ -146,6 +155,10 @@ _SIGNS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
         ),
     ),
     (re.compile(r"^(waiting for CPUs: .*)$"), lambda found: found[1]),
+    (
+        re.compile(r"^its turn: (\d+) workers$"),
+        lambda found: f"its turn has come: {found[1]} workers start",
+    ),
     (
         re.compile(r"^run (\S+): ([\d,]+) steps .*$"),
         lambda found: f"the workers of run {found[1]} start: no step of {found[2]} is done yet",

@@ -1,6 +1,6 @@
 """Which ends of a run's workers count as failures, and what is told of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ray.train
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -15,7 +15,6 @@ from ray.train.v2._internal.execution.failure_handling import (
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from heliostat import storage
-from heliostat.train.allotment import find_allotment
 from heliostat.train.job import Job, Preempted, failure_key
 
 DEATHS = (RayActorError, OutOfMemoryError)
@@ -27,16 +26,17 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
     """Has the workers of a run start again until they failed more than `train.max_failures` times.
 
     An end that a node's notice brought is no failure, and what a retry cannot mend is not tried
-    again: the worker has then written down why. Nor is a run that may have no workers any more.
+    again: the worker has then written down why. Nor is a run to which no workers are `allotted` any
+    more.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, allotted: Callable[[], int | None]) -> None:
         super().__init__(ray.train.FailureConfig(max_failures=-1))
-        self._job = job
+        self._job, self._allotted = job, allotted
         self._failed = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        if find_allotment(self._job) == 0:
+        if self._allotted() == 0:
             return FailureDecision.RAISE
         errors = find_ends(training_failed_error)
         if not errors or any(map(_was_announced, errors.values())):

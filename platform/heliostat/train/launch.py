@@ -31,6 +31,7 @@ from heliostat.train.failures import Failures
 from heliostat.train.job import Job, failure_key, result_key
 from heliostat.train.scoring import Scorer
 from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
+from heliostat.train.turn import Turn, line_up
 
 RESIZE_SECONDS = 30.0
 # Of the 30 s that a job is given to end (RAY_JOB_STOP_WAIT_TIME_S).
@@ -103,9 +104,15 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
             f"{order.steps_per_epoch:,} steps an epoch, {_say_workers(run)}",
             flush=True,
         )
-        job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
-        with scoring.beside(scorer) if scorer else contextlib.nullcontext():
-            _run_workers(job, store, manifest, order)
+        with line_up(store, run, name) as turn:
+            has_ended = False
+            while not has_ended:
+                job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
+                allot(job, turn.wait())
+                say_if_waiting(_count_cpus(run))
+                with scoring.beside(scorer) if scorer else contextlib.nullcontext():
+                    has_ended = _run_workers(job, store, manifest, order, turn)
+                turn.give_back()
         if (result := _finished(store, name, steps, scorer)) is None:
             raise HeliostatError(_failure(store, name))
     return result
@@ -130,7 +137,12 @@ def _check_cluster(run: RunSpec) -> None:
             f"has {total.get('GPU', 0):g}: lower train.workers or train.gpus_per_worker, or use a "
             "larger cluster"
         )
-    say_if_waiting(workers * train.cpus_per_worker + 1 + scored)
+
+
+def _count_cpus(run: RunSpec) -> int:
+    """What the smallest set of workers takes, with what reads their rows and scores."""
+    train = run.train
+    return train.fewest_workers * train.cpus_per_worker + 1 + train.validate_async
 
 
 def _say_workers(run: RunSpec) -> str:
@@ -138,15 +150,19 @@ def _say_workers(run: RunSpec) -> str:
     return f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
 
 
-def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> None:
+def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order, turn: Turn) -> bool:
+    """Whether the run has come to its end; else its turn was over before."""
     store.delete(failure_key(job.run))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=job.reader)
     actor = reader.remote(store, manifest, "train", order, job.steps, job.spec.train.cache_share)
     # The rows of the first step are on their way while the workers start.
     actor.chunk.remote(order.locate(_reached(store, job))[0])
     try:
-        _fit_until_stopped(job)
+        with turn.follow(job):
+            _fit_until_stopped(job, turn)
     except ray.train.TrainingFailedError as error:
+        if turn.is_over and store.stat(failure_key(job.run)) is None:
+            return False
         raise HeliostatError(_failure(store, job.run, error)) from error
     except RayActorError as error:
         raise HeliostatError(
@@ -155,6 +171,7 @@ def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> No
         ) from error
     finally:
         ray.kill(actor)
+    return True
 
 
 def _reached(store: Store, job: Job) -> int:
@@ -163,7 +180,7 @@ def _reached(store: Store, job: Job) -> int:
     return min(max(found, default=0), job.steps - 1)
 
 
-def _fit_until_stopped(job: Job) -> None:
+def _fit_until_stopped(job: Job, turn: Turn) -> None:
     """Where the job is told to end (Ctrl-C, SIGTERM), the workers first save where they are."""
     fitting = Future[None]()
 
@@ -180,7 +197,7 @@ def _fit_until_stopped(job: Job) -> None:
     except (KeyboardInterrupt, SystemExit):
         if not fitting.done():
             print("told to end: saving where the run is", flush=True)
-            allot(job, 0)
+            turn.end(job)
             wait([fitting], SAVE_SECONDS)
         raise
     finally:
@@ -192,6 +209,7 @@ def _fit(job: Job) -> None:
     for setting in TRAIN:
         os.environ.setdefault(setting.name, setting.value)
     fewest, most = train.fewest_workers, train.most_workers
+    allotted = partial(find_allotment, job)
     trainer = Trainer(
         _work,
         train_loop_config={"job": job},
@@ -203,8 +221,8 @@ def _fit(job: Job) -> None:
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(name=job.run, storage_path=find_scratch()),
-        failures=Failures(job),
-        allotted=partial(find_allotment, job),
+        failures=Failures(job, allotted),
+        allotted=allotted,
     )
     trainer.fit()
 

@@ -10,7 +10,10 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
 from ray.train.v2._internal.execution.failure_handling import FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    ScalingDecision,
+)
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -63,6 +66,11 @@ class _StayingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     def __init__(self, scaling: ScalingConfig, allotted: Callable[[], int | None]) -> None:
         super().__init__(scaling)
         self._allotted = allotted
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        if self._allotted() == 0:  # Ray would look for ever whether there are enough nodes
+            raise RuntimeError("the run has given all its workers back")
+        return super().make_decision_for_non_running_worker_group()
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._cap(super()._get_num_workers_for_resource_request())

@@ -17,7 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from heliostat import storage
 from heliostat.data import stream
 from heliostat.errors import HeliostatError
-from heliostat.train.allotment import find_allotment
+from heliostat.train.allotment import find_allotment, report_size
 from heliostat.train.gauges import Gauges
 from heliostat.train.job import Job, failure_key
 from heliostat.train.loop import Ranks
@@ -36,6 +36,8 @@ def work(job: Job) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, NICENESS)  # of this thread and those that it starts
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    if ranks.rank == 0:
+        report_size(job, ranks.world_size)
     device = _find_device(job.spec.train.gpus_per_worker)
     place = Place(
         ranks,
