@@ -25,6 +25,7 @@ COMMANDS = (
     *(["up"], ["edge"], ["status"], ["env"], ["down"], ["upload"]),
     *(["models"], ["models", "show"], ["models", "alias"], ["export"]),
     *(["cluster", "render"], ["cluster", "check"]),
+    *(["submit"], ["jobs"], ["logs"], ["stop"], ["why"]),
     *(["check"], ["plan"], ["deploy"], ["rollback"], ["deployments"]),
     *(["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["usage"]),
     *(["watch-spot"], ["drain"]),

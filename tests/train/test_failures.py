@@ -29,6 +29,10 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def failures(store: Store) -> Failures:
+    return make_failures(store, None)
+
+
+def make_failures(store: Store, allotted: int | None) -> Failures:
     run = spec.parse(
         {
             "name": "tiny",
@@ -38,7 +42,7 @@ def failures(store: Store) -> Failures:
             "train": {"max_failures": 2},
         }
     )
-    return Failures(Job(run, "tiny", "1", "tiny-1", 10, "try"))
+    return Failures(Job(run, "tiny", "1", "tiny-1", 10, "try"), lambda: allotted)
 
 
 def raised(*errors: BaseException) -> TrainingFailedError:
@@ -92,6 +96,14 @@ def test_what_was_announced_and_waiting_for_nodes_is_no_failure(
 ) -> None:
     assert {failures.make_decision(end) for _ in range(9)} == {RETRY}
     assert store.stat(failure_key("tiny-1")) is None
+
+
+@pytest.mark.parametrize("end", [raised(Preempted("saved at step 3")), died()])
+def test_a_run_that_gave_its_workers_back_does_not_start_them_again(
+    store: Store, end: TrainingFailedError
+) -> None:
+    assert make_failures(store, 0).make_decision(end) == RAISE
+    assert make_failures(store, 1).make_decision(end) == RETRY
 
 
 def test_what_a_retry_cannot_mend_is_not_tried_again(failures: Failures, store: Store) -> None:

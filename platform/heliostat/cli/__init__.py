@@ -7,6 +7,7 @@ from heliostat.cli import (
     check,
     cluster,
     deploy,
+    jobs,
     keys,
     models,
     nodes,
@@ -17,7 +18,7 @@ from heliostat.cli import (
 )
 from heliostat.job import conclude
 
-GROUPS = (cluster, rendering, nodes, check, upload, plan, models, deploy, keys, usage)
+GROUPS = (cluster, rendering, nodes, check, upload, plan, jobs, models, deploy, keys, usage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run: TypeAlias = Callable[[argparse.Namespace], int | None]
 
+RAY_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 STORE_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_PROFILE")
 
 
@@ -49,6 +50,26 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_reference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ref", metavar="REF", help="NAME:NUMBER, NAME@ALIAS or NAME (its newest)")
+
+
+def point_at_cluster(options: argparse.Namespace) -> None:
+    """Have this process's environment name a Ray cluster: the laptop's, if it names none yet.
+
+    Raises:
+        HeliostatError: it names none, and nothing runs at `--home`.
+    """
+    from heliostat import local
+
+    if any(name in os.environ for name in RAY_VARIABLES):
+        return
+    home = local.locate(options.home)
+    cluster = local.find(home)
+    if cluster is None:
+        raise HeliostatError(
+            f"nothing runs in {home.path}: start it with `heliostat up`, or set "
+            "RAY_API_SERVER_ADDRESS to the dashboard of your cluster"
+        )
+    os.environ.update(cluster.env)
 
 
 def open_store(options: argparse.Namespace) -> "Store":

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from heliostat.errors import HeliostatError
 from heliostat.spec.data import MAX_CATEGORIES, DataSpec, SplitSpec, SyntheticSpec, TextSpec
 from heliostat.spec.deploy import CandidateSpec, DeploySpec, VllmSpec
+from heliostat.spec.job import JobSpec
 from heliostat.spec.model import (
     CnnSpec,
     CustomSpec,
@@ -48,6 +49,7 @@ __all__ = [
     "EncoderSpec",
     "EvaluateSpec",
     "GptSpec",
+    "JobSpec",
     "MlpSpec",
     "ModelSpec",
     "OptimizerSpec",
@@ -110,6 +112,7 @@ class RunSpec(Section):
     evaluate: EvaluateSpec = EvaluateSpec()
     predict: PredictSpec = PredictSpec()
     deploy: DeploySpec = DeploySpec()
+    job: JobSpec = JobSpec()
 
     @field_validator("name")
     @classmethod

@@ -1,6 +1,6 @@
 """Which ends of a run's workers count as failures, and what is told of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ray.train
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -26,15 +26,18 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
     """Has the workers of a run start again until they failed more than `train.max_failures` times.
 
     An end that a node's notice brought is no failure, and what a retry cannot mend is not tried
-    again: the worker has then written down why.
+    again: the worker has then written down why. Nor is a run to which no workers are `allotted` any
+    more.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, allotted: Callable[[], int | None]) -> None:
         super().__init__(ray.train.FailureConfig(max_failures=-1))
-        self._job = job
+        self._job, self._allotted = job, allotted
         self._failed = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if self._allotted() == 0:
+            return FailureDecision.RAISE
         errors = find_ends(training_failed_error)
         if not errors or any(map(_was_announced, errors.values())):
             return super().make_decision(training_failed_error)

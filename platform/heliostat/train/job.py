@@ -23,7 +23,8 @@ class Job:
 
 
 class Preempted(Exception):
-    """The run is saved up to this step, because a node of its workers will be taken away."""
+    """The run is saved up to this step, because a node of its workers will be taken away, or
+    others need their room."""
 
 
 def result_key(run: str) -> str:

@@ -4,7 +4,10 @@ import contextlib
 import json
 import os
 import secrets
+import threading
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,14 +26,18 @@ from heliostat.spec.difference import refuse_changes
 from heliostat.storage import Conflict, Store
 from heliostat.train import checkpoint, lease, scoring
 from heliostat.train.ahead import look_ahead
+from heliostat.train.allotment import allot, find_allotment, forget
 from heliostat.train.avoided import select_others, sum_resources
 from heliostat.train.checkpoint import Corrupt
 from heliostat.train.failures import Failures
 from heliostat.train.job import Job, failure_key, result_key
 from heliostat.train.scoring import Scorer
 from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
+from heliostat.train.turn import Turn, line_up
 
 RESIZE_SECONDS = 30.0
+# Of the 30 s that a job is given to end (RAY_JOB_STOP_WAIT_TIME_S).
+SAVE_SECONDS = 25.0
 MAX_WORDS = 300
 
 # What may change between two tries of the same run.
@@ -101,10 +108,16 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
             f"{order.steps_per_epoch:,} steps an epoch, {_say_workers(run)}",
             flush=True,
         )
-        job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
-        with look_ahead(run, manifest, store) as ahead:
-            with scoring.beside(scorer) if scorer else contextlib.nullcontext():
-                read_bytes = _run_workers(job, store, manifest, order)
+        with line_up(store, run, name) as turn, look_ahead(run, manifest, store) as ahead:
+            read_bytes = None
+            while read_bytes is None:
+                job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
+                allot(job, turn.wait())
+                if not pools.find_pool("training"):
+                    say_if_waiting(_count_cpus(run))
+                with scoring.beside(scorer) if scorer else contextlib.nullcontext():
+                    read_bytes = _run_workers(job, store, manifest, order, turn)
+                turn.give_back()
             if (result := _finished(store, name, steps, scorer)) is None:
                 raise HeliostatError(_failure(store, name))
             ahead.keep(name, read_bytes)
@@ -134,7 +147,12 @@ def _check_cluster(run: RunSpec) -> None:
             f"has {total.get('GPU', 0):g}: lower train.workers or train.gpus_per_worker, or use a "
             "larger cluster"
         )
-    say_if_waiting(workers * train.cpus_per_worker + 1 + scored)
+
+
+def _count_cpus(run: RunSpec) -> int:
+    """What the smallest set of workers takes, with what reads their rows and scores."""
+    train = run.train
+    return train.fewest_workers * train.cpus_per_worker + 1 + train.validate_async
 
 
 def _check_pool(run: RunSpec, most: pools.Most) -> None:
@@ -154,18 +172,23 @@ def _say_workers(run: RunSpec) -> str:
     return f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
 
 
-def _run_workers(job: Job, store: Store, manifest: Manifest, order: Order) -> int:
-    """Train to the end; the bytes that were read from the bucket for it."""
+def _run_workers(
+    job: Job, store: Store, manifest: Manifest, order: Order, turn: Turn
+) -> int | None:
+    """The bytes read from the bucket until the end of the run; None if its turn was over before."""
     store.delete(failure_key(job.run))
     reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=job.reader)
     actor = reader.remote(store, manifest, "train", order, job.steps, job.spec.train.cache_share)
     # The rows of the first step are on their way while the workers start.
     actor.chunk.remote(order.locate(_reached(store, job))[0])
     try:
-        _fit(job)
+        with turn.follow(job):
+            _fit_until_stopped(job, turn)
         read_bytes: int = ray.get(actor.read_bytes.remote())
         return read_bytes
     except ray.train.TrainingFailedError as error:
+        if turn.is_over and store.stat(failure_key(job.run)) is None:
+            return None
         raise HeliostatError(_failure(store, job.run, error)) from error
     except RayActorError as error:
         raise HeliostatError(
@@ -182,11 +205,36 @@ def _reached(store: Store, job: Job) -> int:
     return min(max(found, default=0), job.steps - 1)
 
 
+def _fit_until_stopped(job: Job, turn: Turn) -> None:
+    """Where the job is told to end (Ctrl-C, SIGTERM), the workers first save where they are."""
+    fitting = Future[None]()
+
+    def run() -> None:
+        try:
+            _fit(job)
+            fitting.set_result(None)
+        except BaseException as error:
+            fitting.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    try:
+        fitting.result()
+    except (KeyboardInterrupt, SystemExit):
+        if not fitting.done():
+            print("told to end: saving where the run is", flush=True)
+            turn.end(job)
+            wait([fitting], SAVE_SECONDS)
+        raise
+    finally:
+        forget(job)
+
+
 def _fit(job: Job) -> None:
     train = job.spec.train
     for setting in TRAIN:
         os.environ.setdefault(setting.name, setting.value)
     fewest, most = train.fewest_workers, train.most_workers
+    allotted = partial(find_allotment, job)
     trainer = Trainer(
         _work,
         train_loop_config={"job": job},
@@ -203,7 +251,8 @@ def _fit(job: Job) -> None:
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(name=job.run, storage_path=find_scratch()),
-        failures=Failures(job),
+        failures=Failures(job, allotted),
+        allotted=allotted,
         avoided=train.avoid_nodes,
     )
     trainer.fit()

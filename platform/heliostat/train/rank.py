@@ -155,8 +155,14 @@ class _Worker:
             if reason or report.step == self._job.steps:
                 break
             if noticed:
-                raise Preempted(f"saved at step {report.step:,}, as a node will be taken away")
+                raise Preempted(self._tell_saved(report.step))
         self._finish(reason)
+
+    def _tell_saved(self, step: int) -> str:
+        told = f"saved at step {step:,}, as the workers were told to end"
+        if self._is_first:
+            print(told, flush=True)
+        return told
 
     @property
     def _is_first(self) -> bool:

@@ -1,6 +1,6 @@
 """Ray's trainer, as a run needs it: without what it does not use, and off nodes that will go."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
@@ -11,7 +11,11 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
 from ray.train.v2._internal.execution.failure_handling import FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    ScalingDecision,
+)
+from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from heliostat.train.avoided import list_resources
@@ -21,13 +25,19 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Without two actors that Ray starts, each for a second of two cores: one manages data sets
     that are passed to Ray, one cleans up after a dead controller, as the end of the job does.
 
-    `failures` decides what follows the end of the workers, none of which is on an `avoided` node.
+    `failures` decides what follows the end of the workers, `allotted` says how many there may be,
+    None if nobody has said it. None of them is on an `avoided` node.
     """
 
     def __init__(
-        self, *args: Any, failures: FailurePolicy, avoided: Collection[str] = (), **options: Any
+        self,
+        *args: Any,
+        failures: FailurePolicy,
+        allotted: Callable[[], int | None],
+        avoided: Collection[str] = (),
+        **options: Any,
     ) -> None:
-        self._failures, self._avoided = failures, avoided
+        self._failures, self._allotted, self._avoided = failures, allotted, avoided
         super().__init__(*args, **options)
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -41,7 +51,9 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["failure_policy"] = self._failures
         if self.scaling_config.elasticity_enabled:
-            options["scaling_policy"] = _StayingNodes(self.scaling_config, self._avoided)
+            options["scaling_policy"] = _StayingNodes(
+                self.scaling_config, self._allotted, self._avoided
+            )
         return super()._initialize_and_run_controller(**options)
 
 
@@ -54,11 +66,30 @@ class _StayingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     """Ray itself counts on a draining node for as long as it lives, but places no worker there: a
     run that was told to leave would wait for that node until its end. Nor does it heed a label
     selector when it reserves, so with `avoided` nodes all that the others have counts as reserved.
+
+    Of the nodes that stay it asks for and takes no more than was allotted.
     """
 
-    def __init__(self, scaling: ray.train.ScalingConfig, avoided: Collection[str]) -> None:
+    def __init__(
+        self,
+        scaling: ScalingConfig,
+        allotted: Callable[[], int | None],
+        avoided: Collection[str],
+    ) -> None:
         super().__init__(scaling)
-        self._avoided = avoided
+        self._allotted, self._avoided = allotted, avoided
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        if self._allotted() == 0:  # Ray would look for ever whether there are enough nodes
+            raise RuntimeError("the run has given all its workers back")
+        return super().make_decision_for_non_running_worker_group()
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self._cap(super()._get_num_workers_for_resource_request())
+
+    def _cap(self, workers: int) -> int:
+        allotted = self._allotted()
+        return workers if allotted is None else min(workers, allotted)
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         draining = ray._private.state.state.get_draining_nodes()
@@ -69,8 +100,7 @@ class _StayingNodes(ElasticScalingPolicy):  # type: ignore[misc]
             for node, resources in reserved_resources.items()
             if node not in draining
         }
-        workers: int = super()._count_possible_workers(staying)
-        return workers
+        return self._cap(super()._count_possible_workers(staying))
 
 
 class _Meeting(Backend):  # type: ignore[misc]

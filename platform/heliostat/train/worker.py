@@ -18,6 +18,7 @@ from heliostat import storage
 from heliostat.data import stream
 from heliostat.environment import STAND_IN
 from heliostat.errors import HeliostatError
+from heliostat.train.allotment import find_allotment, report_size
 from heliostat.train.gauges import Gauges
 from heliostat.train.job import Job, failure_key
 from heliostat.train.loop import Ranks
@@ -49,12 +50,14 @@ def work(job: Job) -> None:
 def _find_place(job: Job) -> Place:
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    if ranks.rank == 0:
+        report_size(job, ranks.world_size)
     return Place(
         ranks,
         _find_device(job.spec.train.gpus_per_worker),
         context.get_local_world_size(),
         stream.fetch_from(ray.get_actor(job.reader)),
-        _watch_for_notice(),
+        _watch_for_notice(job, ranks),
         [Gauges(job.run)] if ranks.rank == 0 else [],
     )
 
@@ -90,18 +93,25 @@ def _join(ranks: Ranks, device: torch.device) -> None:
     )
 
 
-def _watch_for_notice() -> Callable[[], bool]:
-    """Whether the node of this worker will be taken away, as a thread finds out.
+def _watch_for_notice(job: Job, ranks: Ranks) -> Callable[[], bool]:
+    """Whether the workers are to save and end, as a thread finds out: the node of this one will be
+    taken away, or the run may have fewer workers than it has.
 
     Ray Train has an actor for it, a process more that starts just when the workers do.
     """
     noticed = threading.Event()
     node = ray.get_runtime_context().get_node_id()
 
+    def is_too_large() -> bool:
+        if ranks.rank:
+            return False
+        allotted = find_allotment(job)
+        return allotted is not None and allotted < ranks.world_size
+
     def watch() -> None:
         while not noticed.wait(NOTICE_SECONDS):
             with suppress(Exception):  # Ray's control store is away for a while: ask again
-                if node in ray._private.state.state.get_draining_nodes():
+                if node in ray._private.state.state.get_draining_nodes() or is_too_large():
                     noticed.set()
 
     threading.Thread(target=watch, name="notice", daemon=True).start()

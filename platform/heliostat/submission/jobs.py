@@ -1,0 +1,342 @@
+"""The jobs of a cluster over its dashboard: submit, list, stop, and what surrounds each."""
+
+import codecs
+import logging
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+from ray.exceptions import AuthenticationError, RayError
+from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_actors, list_nodes, list_placement_groups
+
+from heliostat.errors import HeliostatError
+from heliostat.hardware import MACHINES
+from heliostat.submission.fit import Kind, Resources
+from heliostat.submission.order import Order
+from heliostat.submission.reason import ENDED, Holder, Request, Situation
+
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+SUPERVISOR = "_ray_internal_job_actor_"
+NODE_GROUP = "ray.io/node-group"
+UNPLACED = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
+MANY = 10_000
+TAIL_LINES = 40
+LOG_SECONDS = 60
+# They tell of every step of an upload, and of the end of each connection.
+CHATTY = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
+)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as Ray knows it; times are Unix seconds of the head, None if it has not come to it."""
+
+    id: str
+    status: str
+    entrypoint: str
+    message: str
+    started: float | None
+    ended: float | None
+    exit_code: int | None
+    metadata: Mapping[str, str]
+    ray_job: str
+    node: str
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def exit_status(self) -> int:
+        """Of a program that stands for the job: what its own was, 143 if it was stopped."""
+        if self.status == "SUCCEEDED":
+            return 0
+        return 143 if self.status == "STOPPED" else self.exit_code or 1
+
+
+class Jobs:
+    """The jobs of the cluster whose dashboard is at `address`.
+
+    Every method raises HeliostatError if that does not answer or does not let us in.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with _explained(address or next(filter(None, map(os.environ.get, ADDRESSES)), "")):
+            self.client = JobSubmissionClient(address)
+        self.address: str = self.client.get_address()
+
+    def submit(self, order: Order) -> None:
+        """Raises HeliostatError: the id is taken, or Ray refuses the job."""
+        if state := self.find(order.id):
+            raise HeliostatError(_say_taken(order.id, state.status))
+        environment = {**order.environment, "working_dir": order.working_dir}
+        with _explained(self.address):
+            try:
+                self.client.submit_job(
+                    entrypoint=shlex.join(order.entrypoint),
+                    submission_id=order.id,
+                    runtime_env=environment,
+                    metadata=dict(order.metadata),
+                    entrypoint_num_cpus=order.cpus or None,
+                    entrypoint_num_gpus=order.gpus or None,
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):  # another has come between
+                    raise HeliostatError(_say_taken(order.id, "new")) from error
+                raise HeliostatError(
+                    f"Ray refused the job: {' '.join(str(error).split())[:400]}"
+                ) from error
+
+    def find(self, job: str) -> JobState | None:
+        with _explained(self.address):
+            try:
+                return _read(self.client.get_job_info(job))
+            except RuntimeError as error:
+                if "does not exist" in str(error) or "404" in str(error):
+                    return None
+                raise
+
+    def require(self, job: str) -> JobState:
+        """Raises HeliostatError if there is no such job; names the newest."""
+        if state := self.find(job):
+            return state
+        newest = ", ".join(state.id for state in self.list()[:5]) or "none"
+        raise HeliostatError(f"there is no job {job!r:.80} on this cluster; the newest: {newest}")
+
+    def list(self) -> list[JobState]:
+        """Those that were submitted, the newest first."""
+        with _explained(self.address):
+            found = [_read(one) for one in self.client.list_jobs() if one.submission_id]
+        return sorted(found, key=lambda state: -(state.started or 0))
+
+    def stop(self, job: str) -> None:
+        with _explained(self.address):
+            self.client.stop_job(job)
+
+    def read_log(self, state: JobState, lines: int) -> Iterator[str]:
+        """The last `lines` lines of what the job printed, all of it if -1, in pieces; nothing
+        before it runs."""
+        if not state.node:
+            return
+        wanted: dict[str, str | int] = {"node_id": state.node}
+        wanted |= {"filename": f"job-driver-{state.id}.log", "lines": lines}
+        with (
+            _explained(self.address),
+            requests.get(
+                f"{self.address}/api/v0/logs/file",
+                params=wanted,
+                headers=self.client._headers,
+                stream=True,
+                timeout=LOG_SECONDS,
+            ) as answer,
+        ):
+            if answer.status_code != 200:
+                return
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            yield from map(decoder.decode, answer.iter_content(chunk_size=None))
+
+    def list_kinds(self, cluster_file: Path | None = None) -> tuple[tuple[Kind, ...], bool]:
+        """The nodes that there are, those of `cluster_file` that there may be, and whether there
+        may be others still."""
+        with _explained(self.address):
+            nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=MANY)
+        counts: dict[tuple[str, tuple[tuple[str, float], ...]], int] = {}
+        for node in nodes:
+            group = (node.labels or {}).get(NODE_GROUP, "")
+            name = group or ("head" if node.is_head_node else "node")
+            shape = tuple(sorted(_plain(node.resources_total).items()))
+            counts[name, shape] = counts.get((name, shape), 0) + 1
+        kinds = [Kind(name, dict(shape), count) for (name, shape), count in counts.items()]
+        grows = any((node.labels or {}).get(NODE_GROUP) for node in nodes)
+        if cluster_file is None:
+            return tuple(kinds), grows
+        declared, are_all = read_kinds(cluster_file)
+        names = {kind.name for kind in declared}
+        return (*(kind for kind in kinds if kind.name not in names), *declared), not are_all
+
+    def find_session(self) -> str:
+        """The name of the cluster, under which its queue lies in the bucket."""
+        with _explained(self.address):
+            answer = self.client._do_request("GET", "/api/v0/cluster_metadata")
+        return str(answer.json()["data"]["sessionName"])
+
+    def observe(self, state: JobState) -> Situation:
+        """The situation of a job now."""
+        with _explained(self.address):
+            actors = list_actors(
+                self.address, filters=[("state", "!=", "DEAD")], limit=MANY, detail=True
+            )
+            groups = list_placement_groups(
+                self.address, filters=[("state", "!=", "REMOVED")], limit=MANY, detail=True
+            )
+        kinds, grows = self.list_kinds()
+        names = {one.ray_job: f"job {one.id}" for one in self.list() if one.ray_job}
+        supervisor = next((a for a in actors if a.name == f"{SUPERVISOR}{state.id}"), None)
+        return Situation(
+            state.status,
+            state.message,
+            supervisor.state if supervisor else ("" if state.status == "PENDING" else "gone"),
+            tuple(_list_requests(state, actors, groups)),
+            kinds,
+            tuple(_list_holders(names, actors, groups)),
+            grows,
+            tuple(list_launches()),
+            tuple("".join(self.read_log(state, TAIL_LINES)).splitlines()),
+        )
+
+
+def read_kinds(cluster_file: Path) -> tuple[tuple[Kind, ...], bool]:
+    """The kinds of nodes that the file of `ray up` declares, and whether these are all of them:
+    without resources in the file a kind is known by its machine, if that is in our table.
+
+    Raises:
+        HeliostatError: it cannot be read as such a file.
+    """
+    try:
+        document = yaml.safe_load(cluster_file.read_text(encoding="utf-8"))
+        types, head = document["available_node_types"], document["head_node_type"]
+        kinds = [
+            Kind(name, _find_resources(one), 1 if name == head else one.get("max_workers", 0))
+            for name, one in types.items()
+        ]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise HeliostatError(
+            f"{cluster_file} is not the file of a cluster as `ray up` takes it: it needs "
+            "head_node_type and available_node_types"
+        ) from error
+    known = tuple(kind for kind in kinds if kind.resources)
+    return known, len(known) == len(kinds)
+
+
+def _find_resources(node_type: Mapping[str, Any]) -> dict[str, float]:
+    if node_type.get("resources"):
+        return {name: float(amount) for name, amount in node_type["resources"].items()}
+    name = (node_type.get("node_config") or {}).get("InstanceType")
+    machine = next((one for one in MACHINES if one.name == name), None)
+    return {"CPU": machine.vcpus, "GPU": machine.accelerators} if machine else {}
+
+
+def list_launches() -> Iterator[str]:
+    """What the autoscaler says of nodes that come or do not, where its cluster can be reached."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address or "://" in address or address == "auto":
+        return
+    try:
+        status = get_cluster_status(address, timeout=3)
+    except (RayError, RuntimeError, OSError) as error:  # the rest is known without it
+        yield f"the autoscaler at {address} does not answer ({type(error).__name__})"
+        return
+    for launch in status.pending_launches:
+        yield f"{launch.count} x {launch.ray_node_type_name} asked for, and not there yet"
+    for node in status.pending_nodes:
+        yield f"a {node.ray_node_type_name} is starting"
+    for launch in status.failed_launches:
+        told = " ".join((launch.details or "no reason given").split())[:300]
+        yield f"{launch.count} x {launch.ray_node_type_name} did not come: {told}"
+
+
+def _list_requests(state: JobState, actors: Any, groups: Any) -> Iterator[Request]:
+    for actor in actors:
+        if actor.name == f"{SUPERVISOR}{state.id}":
+            needs = _plain(actor.required_resources)
+            if actor.state in UNPLACED and needs:
+                yield Request("its program", (needs,))
+        elif _belongs(actor.job_id, state) and actor.state in UNPLACED:
+            needs = _plain(actor.required_resources)
+            if needs and not _placed(actor):
+                yield Request(f"an actor ({actor.class_name})", (needs,))
+    for group in groups:
+        if _belongs(group.creator_job_id, state) and group.state in ("PENDING", "RESCHEDULING"):
+            yield Request("a group of workers", tuple(_bundles(group)))
+
+
+def _list_holders(names: Mapping[str, str], actors: Any, groups: Any) -> Iterator[Holder]:
+    held: dict[str, dict[str, float]] = {}
+
+    def add(name: str, resources: Resources) -> None:
+        sums = held.setdefault(name, {})
+        for key, amount in resources.items():
+            sums[key] = sums.get(key, 0) + amount
+
+    for actor in actors:
+        if actor.state == "ALIVE" and not _placed(actor):
+            _, colon, served = actor.class_name.partition("ServeReplica:")
+            owner = f"served {served}" if colon else names.get(actor.job_id, actor.class_name)
+            add(owner, _plain(actor.required_resources))
+    for group in groups:
+        if group.state == "CREATED":
+            for bundle in _bundles(group):
+                add(names.get(group.creator_job_id, "another program"), bundle)
+    yield from (Holder(name, sums) for name, sums in held.items() if any(sums.values()))
+
+
+def _belongs(ray_job: str, state: JobState) -> bool:
+    return bool(state.ray_job) and ray_job == state.ray_job
+
+
+def _placed(actor: Any) -> bool:
+    """Whether it runs in a placement group, which has the resources."""
+    return bool(actor.placement_group_id)
+
+
+def _bundles(group: Any) -> list[dict[str, float]]:
+    return [_plain(bundle.get("unit_resources") or {}) for bundle in group.bundles or []]
+
+
+def _plain(resources: Any) -> dict[str, float]:
+    """CPUs and GPUs alone."""
+    return {name: float(resources[name]) for name in ("CPU", "GPU") if (resources or {}).get(name)}
+
+
+def _read(details: Any) -> JobState:
+    driver = details.driver_info
+    return JobState(
+        details.submission_id,
+        details.status.value,
+        details.entrypoint,
+        details.message or "",
+        details.start_time / 1000 if details.start_time else None,
+        details.end_time / 1000 if details.end_time else None,
+        details.driver_exit_code,
+        details.metadata or {},
+        details.job_id or (driver.id if driver else "") or "",
+        details.driver_node_id or "",
+    )
+
+
+def _say_taken(job: str, status: str) -> str:
+    return (
+        f"there is a job {job} already ({status}): give another --submission-id, or none to have "
+        "one made up"
+    )
+
+
+@contextmanager
+def _explained(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
+        raise HeliostatError(
+            f"no Ray dashboard answers at {address or 'any address'}: start a cluster with "
+            '`heliostat up` and eval "$(heliostat env)", or set RAY_API_SERVER_ADDRESS'
+        ) from error
+    except AuthenticationError as error:
+        raise HeliostatError(
+            f"the Ray cluster at {address} wants its token: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to the file that holds it"
+        ) from error
