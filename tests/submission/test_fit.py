@@ -48,7 +48,7 @@ def test_the_kinds_of_the_checkout_are_read_as_ray_up_takes_them(
 ) -> None:
     kinds, are_all = read_kinds(pytestconfig.rootpath / "cluster.yaml")
     assert are_all
-    assert {kind.name for kind in kinds if kind.resources["GPU"]} == {"gpu"}
+    assert {kind.name for kind in kinds if kind.resources.get("GPU")} == {"training"}
     check_fit(Need("a worker", {"CPU": 2, "GPU": 1}, 4), kinds)
     with pytest.raises(HeliostatError, match="room for 4 at most"):
         check_fit(Need("a worker", {"CPU": 2, "GPU": 1}, 5), kinds)
