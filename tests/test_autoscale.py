@@ -207,7 +207,8 @@ def test_what_can_never_fit_is_refused_with_the_numbers(scaled: Cluster, spec: P
     prepare(scaled, spec)
     done = run(scaled, "train", spec, "train.workers=3")
     assert done.returncode == 2
-    assert "3 CPUs and 3 GPUs, the training pool has 8 and 2 at most" in done.stderr
+    assert "train.workers=3 of 1 CPU and 1 GPU each are more than the training" in done.stderr
+    assert "pool can hold: 2, on 2 machines of 4 CPU and 1 GPU at most" in done.stderr
     assert not [node for node in local.list_nodes(scaled) if node.type == "training"]
 
 

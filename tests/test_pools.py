@@ -21,28 +21,30 @@ from heliostat.spec import DeploySpec
 from heliostat.train.launch import train
 
 DECLARED = dict.fromkeys(PURPOSES, pools.DECLARED)
-TOLD = "data=3:0 training=3:0 serving=3:0"
+TOLD = "data=1x3:0 training=1x3:0 serving=1x3:0"
 
 
 @pytest.mark.parametrize("purpose", PURPOSES)
 def test_nothing_is_asked_of_a_cluster_without_pools(purpose: Any) -> None:
     assert pools.find_pool(purpose, {}) is None
     assert (pools.ask(purpose, {}), pools.select(purpose, {})) == ({}, {})
-    others = {POOLS: " ".join(f"{other}=1:0" for other in PURPOSES if other != purpose)}
+    others = {POOLS: " ".join(f"{other}=1x1:0" for other in PURPOSES if other != purpose)}
     assert (pools.ask(purpose, others), pools.select(purpose, others)) == ({}, {})
 
 
 def test_processes_hear_what_a_cluster_can_grow_to() -> None:
     cluster = ClusterSpec(training=pools.PoolSpec(machine="p5.48xlarge", max_workers=3))
     told = {POOLS: pools.tell(cluster)}
-    assert pools.find_pool("training", told) == Most(3 * 192, 3 * 8)
+    assert pools.find_pool("training", told) == Most(3, 192, 8)
     assert pools.ask("training", told) == {"training": pools.ASKED}
     assert pools.select("data", told) == {LABEL: "data"}
 
 
-@pytest.mark.parametrize("told", ["training", "training=", "training=1", "training=a:b", "a=b=c"])
+@pytest.mark.parametrize(
+    "told", ["training", "training=", "training=1", "training=a:b", "training=4:1", "a=b=c"]
+)
 def test_what_tells_of_no_pools_is_refused(told: str) -> None:
-    with pytest.raises(HeliostatError, match="write a word like training=16:4"):
+    with pytest.raises(HeliostatError, match="write a word like training=4x16:1"):
         pools.find_pool("training", {POOLS: told})
 
 

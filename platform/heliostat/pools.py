@@ -24,7 +24,7 @@ MACHINE_LABEL = "heliostat/machine"
 # Ray's own label for whether a node is spot capacity.
 MARKET_LABEL = "ray.io/market-type"
 # Set for every process of a cluster with pools: their purposes and what each can grow to, as
-# `training=16:4` for 16 CPUs and 4 GPUs. A cluster without pools, as a laptop's, has no such thing.
+# `training=4x16:1` for 4 machines of 16 CPUs and a GPU. A cluster without pools has no such thing.
 POOLS = "HELIOSTAT_POOLS"
 
 
@@ -155,8 +155,9 @@ def _describe(purpose: Purpose, cluster: ClusterSpec) -> NodeType:
 
 @dataclass(frozen=True)
 class Most:
-    """What a pool can grow to."""
+    """What a pool can grow to: so many machines, each with so many CPUs and GPUs."""
 
+    machines: int
     cpus: int
     gpus: int
 
@@ -164,8 +165,7 @@ class Most:
 def tell(cluster: ClusterSpec) -> str:
     """The value of POOLS for a cluster."""
     return " ".join(
-        f"{node.purpose}={node.max_workers * node.machine.vcpus}"
-        f":{node.max_workers * node.machine.accelerators}"
+        f"{node.purpose}={node.max_workers}x{node.machine.vcpus}:{node.machine.accelerators}"
         for node in list_node_types(cluster)
     )
 
@@ -180,11 +180,11 @@ def find_pool(purpose: Purpose, environment: Mapping[str, str] = os.environ) -> 
     try:
         pools = dict(word.split("=") for word in told.split())
         most = pools.get(purpose)
-        return Most(*map(int, most.split(":"))) if most is not None else None
+        return Most(*map(int, most.replace("x", ":").split(":"))) if most is not None else None
     except (ValueError, TypeError) as error:
         raise HeliostatError(
-            f"{POOLS} is {told[:80]!r}: write a word like training=16:4, its CPUs and GPUs, for "
-            "each pool, or unset it"
+            f"{POOLS} is {told[:80]!r}: write a word like training=4x16:1, its machines and the "
+            "CPUs and GPUs of each, for every pool, or unset it"
         ) from error
 
 

@@ -70,7 +70,7 @@ def volume_of(config: Config, node: str) -> dict[str, Any]:
 
 def give_up_training(config: Config) -> None:
     config["available_node_types"].pop("training")
-    edit(config, "training=16:4 ", "")
+    edit(config, "training=4x4:1 ", "")
 
 
 SETTINGS = "every ray start carries the settings"

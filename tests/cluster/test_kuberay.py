@@ -172,7 +172,7 @@ def test_processes_are_told_of_the_pools(manifests: dict[str, Manifest]) -> None
         settings = {one["name"]: one["value"] for one in variables}
         most = find_pool("training", {POOLS: settings[POOLS]})
         assert most
-        assert most.gpus == 4
+        assert (most.machines, most.gpus) == (4, 1)
         assert settings["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
 
 

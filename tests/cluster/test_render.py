@@ -59,7 +59,7 @@ def test_a_pool_is_rendered_as_it_is_described(
     for command in start_commands(config):
         pool = find_pool("training", {POOLS: exports(command)[POOLS]})
         assert pool
-        assert pool.gpus == most * gpus
+        assert (pool.machines, pool.gpus) == (most, gpus)
 
 
 def test_files_and_settings_describe_a_cluster(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from heliostat.data.order import Order
 from heliostat.data.waiting import say_if_waiting
 from heliostat.environment import TRAIN, check_cpus
 from heliostat.errors import HeliostatError
+from heliostat.queue import Amount
 from heliostat.spec import RunSpec
 from heliostat.spec.difference import refuse_changes
 from heliostat.storage import Conflict, Store
@@ -33,7 +34,7 @@ from heliostat.train.failures import Failures
 from heliostat.train.job import Job, failure_key, result_key
 from heliostat.train.scoring import Scorer
 from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
-from heliostat.train.turn import Turn, line_up
+from heliostat.train.turn import Turn, line_up, list_largest
 
 RESIZE_SECONDS = 30.0
 # Of the 30 s that a job is given to end (RAY_JOB_STOP_WAIT_TIME_S).
@@ -157,12 +158,14 @@ def _count_cpus(run: RunSpec) -> int:
 
 def _check_pool(run: RunSpec, most: pools.Most) -> None:
     """Nodes that are not there yet may come, but no more than the pool takes."""
-    train, workers = run.train, run.train.fewest_workers
-    cpus, gpus = workers * train.cpus_per_worker, workers * train.gpus_per_worker
-    if cpus > most.cpus or gpus > most.gpus:
+    train = run.train
+    worker = Amount(train.cpus_per_worker, train.gpus_per_worker)
+    places = list_largest(most).count_places(worker)
+    if train.fewest_workers > places:
         raise HeliostatError(
-            f"train.workers={workers} need {cpus} CPUs and {gpus} GPUs, the training pool has "
-            f"{most.cpus} and {most.gpus} at most: lower train.workers, or raise "
+            f"train.workers={train.fewest_workers} of {worker} each are more than the training "
+            f"pool can hold: {places}, on {most.machines} machines of "
+            f"{Amount(most.cpus, most.gpus)} at most: lower train.workers, or raise "
             "training.max_workers of the cluster"
         )
 

@@ -5,13 +5,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray.core.generated import gcs_pb2
 
+from heliostat import pools
 from heliostat.errors import HeliostatError
-from heliostat.queue import Amount, Decision, Room, Run, Shrink, Ticket, Yield
+from heliostat.queue import NOTHING, Amount, Decision, Room, Run, Shrink, Ticket, Yield
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
 from heliostat.tickets import Stand, keep_alive, read_board
@@ -98,13 +99,14 @@ def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
     """A place in the queue for the run within, which is given up at its end."""
     context = ray.get_runtime_context()
     cluster = ray._private.worker._global_node.session_name
-    train = run.train
+    train, pool = run.train, pools.find_pool("training")
     ticket = Ticket(
         f"{context.get_job_id()}-{secrets.token_hex(4)}",
         arrival=-1,
         what=f"run {name}",
         worker=Amount(train.cpus_per_worker, train.gpus_per_worker),
-        beside=Amount(1 + train.validate_async),
+        # What reads rows and scores is in another pool than the workers, if there are pools.
+        beside=NOTHING if pool else Amount(1 + train.validate_async),
         fewest=train.fewest_workers,
         most=train.most_workers,
         priority=run.job.priority,
@@ -112,8 +114,13 @@ def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
     )
     stand = Stand(store, cluster, ticket)
     stop_renewing = keep_alive(stand)
+
+    def measure() -> Room:
+        queued = list_jobs(store, cluster) | {context.get_job_id()}
+        return measure_pool(queued, pool) if pool else measure_room(queued)
+
     try:
-        yield Turn(stand, lambda: measure_room(list_jobs(store, cluster) | {context.get_job_id()}))
+        yield Turn(stand, measure)
     finally:
         stop_renewing()
         with contextlib.suppress(HeliostatError):  # the others will see that nobody renews it
@@ -123,6 +130,17 @@ def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
 def list_jobs(store: Store, cluster: str) -> set[str]:
     """The jobs of Ray, by their ids, that stand in the queue."""
     return {ticket.id.partition("-")[0] for ticket in read_board(store, cluster).tickets}
+
+
+def list_largest(pool: pools.Most) -> Room:
+    """A pool with all its machines, whether they are there yet or not."""
+    return Room((Amount(pool.cpus, pool.gpus),) * pool.machines)
+
+
+def measure_pool(queued: set[str], pool: pools.Most) -> Room:
+    """The training pool at its largest, and what jobs hold of it that do not stand in the queue."""
+    held = (_amount(one) for one in _list_held(queued, ()) if "training" in one)
+    return replace(list_largest(pool), others=sum(held, NOTHING))
 
 
 def measure_room(queued: set[str]) -> Room:
@@ -135,17 +153,19 @@ def measure_room(queued: set[str]) -> Room:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in draining
     )
-    return Room(nodes, sum(_list_others(queued, nodes), Amount()))
+    return Room(nodes, sum(map(_amount, _list_held(queued, nodes)), NOTHING))
 
 
-def _list_others(queued: set[str], nodes: Sequence[Amount]) -> Iterator[Amount]:
+def _list_held(queued: set[str], nodes: Sequence[Amount]) -> Iterator[Mapping[str, float]]:
+    """The resources of actors and placement groups of jobs that are not `queued`."""
     accessor = ray._private.state.state._connect_and_get_accessor()
     for status in HOLDING:
         for data in accessor.get_actor_table(None, status):
             actor = gcs_pb2.ActorTableData.FromString(data)
-            need = _amount(actor.required_resources)
+            need = actor.required_resources
             counts = status == "ALIVE" or (
-                actor.class_name.startswith(REPLICA) and any(node.holds(need) for node in nodes)
+                actor.class_name.startswith(REPLICA)
+                and any(node.holds(_amount(need)) for node in nodes)
             )
             is_grouped = bool(actor.placement_group_id.strip(b"\xff"))
             if counts and not is_grouped and actor.job_id.hex() not in queued:
@@ -153,7 +173,7 @@ def _list_others(queued: set[str], nodes: Sequence[Amount]) -> Iterator[Amount]:
     for data in accessor.get_placement_group_table():
         group = gcs_pb2.PlacementGroupTableData.FromString(data)
         if group.state == group.CREATED and group.creator_job_id.hex() not in queued:
-            yield from (_amount(bundle.unit_resources) for bundle in group.bundles)
+            yield from (bundle.unit_resources for bundle in group.bundles)
 
 
 def _amount(resources: Mapping[str, float]) -> Amount:
