@@ -18,6 +18,7 @@ from ray.util.state import list_actors, list_nodes, list_placement_groups
 
 from heliostat.errors import HeliostatError
 from heliostat.hardware import MACHINES
+from heliostat.pools import PURPOSES, find_pool
 from heliostat.submission.fit import Kind, Resources
 from heliostat.submission.order import Order
 from heliostat.submission.reason import ENDED, Holder, Request, Situation
@@ -149,8 +150,8 @@ class Jobs:
             yield from map(decoder.decode, answer.iter_content(chunk_size=None))
 
     def list_kinds(self, cluster_file: Path | None = None) -> tuple[tuple[Kind, ...], bool]:
-        """The nodes that there are, those of `cluster_file` that there may be, and whether there
-        may be others still."""
+        """The nodes that there are, those that there may be by `cluster_file` or by the pools that
+        this process is told of, and whether there may be others still."""
         with _explained(self.address):
             nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=MANY)
         counts: dict[tuple[str, tuple[tuple[str, float], ...]], int] = {}
@@ -161,9 +162,10 @@ class Jobs:
             counts[name, shape] = counts.get((name, shape), 0) + 1
         kinds = [Kind(name, dict(shape), count) for (name, shape), count in counts.items()]
         grows = any((node.labels or {}).get(NODE_GROUP) for node in nodes)
-        if cluster_file is None:
+        pools = list_pools()
+        if cluster_file is None and not pools:
             return tuple(kinds), grows
-        declared, are_all = read_kinds(cluster_file)
+        declared, are_all = read_kinds(cluster_file) if cluster_file else (pools, True)
         names = {kind.name for kind in declared}
         return (*(kind for kind in kinds if kind.name not in names), *declared), not are_all
 
@@ -196,6 +198,16 @@ class Jobs:
             tuple(list_launches()),
             tuple("".join(self.read_log(state, TAIL_LINES)).splitlines()),
         )
+
+
+def list_pools() -> tuple[Kind, ...]:
+    """Those that HELIOSTAT_POOLS tells this process of, at their largest."""
+    found = {purpose: find_pool(purpose) for purpose in PURPOSES}
+    return tuple(
+        Kind(purpose, {"CPU": most.cpus, "GPU": most.gpus}, most.machines)
+        for purpose, most in found.items()
+        if most
+    )
 
 
 def read_kinds(cluster_file: Path) -> tuple[tuple[Kind, ...], bool]:
