@@ -181,6 +181,8 @@ NODES = (Node("aaaa11", "10.0.0.1", is_head=True), Node("aaaa22", "10.0.0.2", is
 def test_a_node_is_named_by_its_address_its_id_or_by_being_here() -> None:
     assert choose_node(NODES, None) == choose_node(NODES, "10.0.0.2") == NODES[1]
     assert choose_node(NODES, "AAAA2") == NODES[1]
+    brought = Node("bbbb33", "10.0.0.2", instance="training-1")
+    assert choose_node([*NODES, brought], "training-1") == brought
 
 
 @pytest.mark.parametrize("wanted", ["aaaa", "aaa", "bbbb", "10.0.0", ""])

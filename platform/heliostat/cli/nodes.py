@@ -27,7 +27,10 @@ def add_commands(commands: Commands) -> None:
         ],
     )
     command.add_argument(
-        "node", nargs="?", metavar="NODE", help="its address or the first digits of its id (here)"
+        "node",
+        nargs="?",
+        metavar="NODE",
+        help="its address, the first digits of its id, or its cloud's name of it (here)",
     )
     command.add_argument(
         "--seconds", type=_parse_seconds, metavar="N", help="until the node goes (not known)"

@@ -15,20 +15,23 @@ MIN_ID = 4
 
 @dataclass(frozen=True)
 class Node:
-    """A living node; `is_here` says that its raylet runs on this machine."""
+    """A living node; `is_here` says that its raylet runs on this machine, `instance` is what its
+    cloud calls the machine, if an autoscaler brought it.
+    """
 
     id: str
     address: str
     is_head: bool = False
     is_here: bool = False
+    instance: str = ""
 
     def __str__(self) -> str:
         return f"{self.id[:SHOWN_ID]} ({self.address}{', the head' if self.is_head else ''})"
 
 
 def choose_node(nodes: Sequence[Node], wanted: str | None) -> Node:
-    """The node whose address or first digits of whose id are `wanted`; None: the one of this
-    machine.
+    """The node whose address, whose instance or the first digits of whose id are `wanted`; None:
+    the one of this machine.
 
     Raises:
         HeliostatError: there is no such node, or there are several.
@@ -38,7 +41,7 @@ def choose_node(nodes: Sequence[Node], wanted: str | None) -> Node:
         if wanted is None:
             return node.is_here
         begins = len(wanted) >= MIN_ID and node.id.startswith(wanted.lower())
-        return begins or node.address == wanted
+        return begins or wanted in (node.address, node.instance)
 
     found = [node for node in nodes if fits(node)]
     if len(found) == 1:
@@ -109,7 +112,13 @@ class Drainer:
                 timeout=ANSWER_SECONDS, state_filter=GcsNodeInfo.GcsNodeState.ALIVE
             )
         return [
-            Node(id.hex(), info.node_manager_address, info.is_head_node, id.hex() in here)
+            Node(
+                id.hex(),
+                info.node_manager_address,
+                info.is_head_node,
+                id.hex() in here,
+                info.instance_id,
+            )
             for id, info in found.items()
         ]
 
