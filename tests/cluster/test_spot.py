@@ -191,6 +191,8 @@ def test_what_names_no_node_or_several_is_refused(wanted: str) -> None:
         choose_node(NODES, wanted)
     with pytest.raises(HeliostatError, match="no living node of Ray on this machine"):
         choose_node(NODES[:1], None)
+    with pytest.raises(HeliostatError, match="no living node of Ray that ''"):
+        choose_node(NODES[:1], "")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def choose_node(nodes: Sequence[Node], wanted: str | None) -> Node:
         if wanted is None:
             return node.is_here
         begins = len(wanted) >= MIN_ID and node.id.startswith(wanted.lower())
-        return begins or wanted in (node.address, node.instance)
+        return begins or wanted in {node.address, node.instance} - {""}
 
     found = [node for node in nodes if fits(node)]
     if len(found) == 1:
