@@ -46,8 +46,9 @@ LATER = Notice("it ends", 2000.0)
     [
         (Status(), 0, None),
         (Status(END), 880, Drain("it ends", 120)),
-        (Status(END), 999.9, Drain("it ends", 1)),
-        (Status(END), 1000 + GRACE_SECONDS, Drain("it ends", 1)),
+        (Status(END), 939, Drain("it ends", 61)),
+        (Status(END), 940, Drain("it ends", None)),
+        (Status(END), 1000 + GRACE_SECONDS, Drain("it ends", None)),
         (Status(END), 1001 + GRACE_SECONDS, Past()),
         (Status(FEAR), 880, None),
         (Status(END, drained=END), 890, None),

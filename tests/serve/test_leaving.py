@@ -32,9 +32,7 @@ CPUS_PER_REPLICA = 2
 
 
 @pytest.fixture
-def head_is_full(
-    cluster: Cluster, store: Store, digits: str, wait_until: Wait
-) -> Iterator[PlacementGroup]:
+def head_is_full(cluster: Cluster, store: Store, wait_until: Wait) -> Iterator[PlacementGroup]:
     """Leaves the head one CPU, less than a replica takes, until the group is removed."""
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
     deploy(make_spec(store.uri, version=1))
@@ -67,7 +65,6 @@ def take_back(cloud: Metadata) -> None:
 def test_a_replica_moves_off_a_node_that_goes_without_a_failed_request(
     cluster: Cluster,
     store: Store,
-    digits: str,
     head_is_full: PlacementGroup,
     serve_client: ServeSubmissionClient,
     join_node: Callable[..., str],
@@ -97,10 +94,10 @@ def test_a_replica_moves_off_a_node_that_goes_without_a_failed_request(
     deploy(make_spec(store.uri, replicas=1, **shape))
     wait_until(lambda: find_nodes() == [goes], 120)
     remove_placement_group(head_is_full)
-    deploy(make_spec(store.uri, replicas=replicas, **shape))
+    url = deploy(make_spec(store.uri, replicas=replicas, **shape))
     wait_until(lambda: len(list_replicas(serve_client)) == replicas, 120)
     assert find_nodes().count(goes) == 1
-    with serve_metadata(dict(said)) as cloud, steady_load(digits, 3) as answered:
+    with serve_metadata(dict(said)) as cloud, steady_load(url, 3) as answered:
         options = ["--source", source, "--metadata-url", cloud.url, "--node", goes]
         with run_watch(tmp_path, *options) as agent:
             wait_until(lambda: agent.count("watching "), 60)

@@ -14,6 +14,10 @@ from heliostat.cluster.notice import Clock, Notice, Source, Unheard
 # For so long after its end a notice still counts, and a machine that stays may yet go.
 GRACE_SECONDS = 60.0
 REMIND_SECONDS = 600.0
+# Serve stops a replica `deploy.request_timeout_s` (30 s) before the deadline, whether another one
+# has taken its place or not. Where little more than that is left Ray is told no deadline: then the
+# other one comes first.
+SHORT_SECONDS = 60.0
 # Python imports Ray, on a machine that is busy with what it will lose.
 COMMAND_SECONDS = 20.0
 HEARD = "it is heard again"
@@ -73,8 +77,10 @@ def decide(status: Status, now: float, heeds_advice: bool = False) -> Decision:
     if notice and notice != drained and (heeds_advice or notice.at is not None):
         if notice.at is None:
             return Drain(notice.what, None)
+        if notice.at - now > SHORT_SECONDS:
+            return Drain(notice.what, round(notice.at - now))
         if now <= notice.at + GRACE_SECONDS:
-            return Drain(notice.what, max(1, round(notice.at - now)))
+            return Drain(notice.what, None)
         if drained is None:
             return Past()
     if drained:
