@@ -4,17 +4,18 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.core.generated import gcs_pb2
 
 from heliostat.errors import HeliostatError
 from heliostat.queue import Amount, Decision, Room, Run, Shrink, Ticket, Yield
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
-from heliostat.tickets import Stand, keep_alive, read_board
+from heliostat.tickets import Board, Measure, Stand, keep_alive
 from heliostat.train.allotment import allot, find_size
 from heliostat.train.job import Job
 
@@ -29,7 +30,7 @@ class Turn:
     """A run in the queue; `is_over` once its workers were told to save and to end."""
 
     stand: Stand
-    measure: Callable[[], Room]
+    measure: Measure
     is_over: bool = False
     _telling: threading.Lock = field(default_factory=threading.Lock)
 
@@ -37,7 +38,7 @@ class Turn:
         """How many workers it may have, once it may have any; says why as long as it waits."""
         self.is_over = False
         said = ""
-        while not isinstance(decision := self.stand.look(self.measure()), Run):
+        while not isinstance(decision := self.stand.look(self.measure), Run):
             if decision.reason != said:
                 print(f"in the queue: {decision.reason}", flush=True)
                 said = decision.reason
@@ -65,7 +66,7 @@ class Turn:
         def watch() -> None:
             while not ended.wait(RUNNING_SECONDS):
                 with contextlib.suppress(HeliostatError):  # the bucket is away: ask again
-                    self._obey(job, self.stand.look(self.measure()))
+                    self._obey(job, self.stand.look(self.measure))
 
         thread = threading.Thread(target=watch, name="turn", daemon=True)
         thread.start()
@@ -97,7 +98,7 @@ class Turn:
 def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
     """A place in the queue for the run within, which is given up at its end."""
     context = ray.get_runtime_context()
-    cluster = ray._private.worker._global_node.session_name
+    cluster = find_head()
     train = run.train
     ticket = Ticket(
         f"{context.get_job_id()}-{secrets.token_hex(4)}",
@@ -113,16 +114,25 @@ def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
     stand = Stand(store, cluster, ticket)
     stop_renewing = keep_alive(stand)
     try:
-        yield Turn(stand, lambda: measure_room(list_jobs(store, cluster) | {context.get_job_id()}))
+        yield Turn(stand, lambda board: measure_room(list_jobs(board) | {context.get_job_id()}))
     finally:
         stop_renewing()
         with contextlib.suppress(HeliostatError):  # the others will see that nobody renews it
             stand.leave()
 
 
-def list_jobs(store: Store, cluster: str) -> set[str]:
+def find_head() -> str:
+    """The id of the head's node, which names the cluster: no job outlives it."""
+    return next(
+        str(node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and HEAD_NODE_RESOURCE_NAME in node["Resources"]
+    )
+
+
+def list_jobs(board: Board) -> set[str]:
     """The jobs of Ray, by their ids, that stand in the queue."""
-    return {ticket.id.partition("-")[0] for ticket in read_board(store, cluster).tickets}
+    return {ticket.id.partition("-")[0] for ticket in board.tickets}
 
 
 def measure_room(queued: set[str]) -> Room:
