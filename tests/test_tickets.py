@@ -123,3 +123,13 @@ def test_where_there_is_room_nobody_is_listed(store: Store) -> None:
 
     assert stand(Counting(store.uri), make("a")).look(measure) == Run(1)
     assert asked == ["stat"]
+
+
+def test_who_looks_and_finds_nothing_new_writes_nothing(store: Store) -> None:
+    first, second, third = (stand(store, make(name, 4)) for name in "abc")
+    for one in (first, second, third):
+        one.look(measure)
+    before = list(store.list("queue/"))
+    assert first.look(measure) == second.look(measure) == Run(4)
+    assert isinstance(third.look(measure), Wait)
+    assert list(store.list("queue/")) == before

@@ -35,9 +35,11 @@ class Board:
         return next((one for one in self.tickets if one.id == ticket), None)
 
     def put(self, ticket: Ticket) -> "Board":
-        """With this ticket instead of the one that has its id."""
-        others = tuple(one for one in self.tickets if one.id != ticket.id)
-        return replace(self, tickets=(*others, ticket))
+        """With this ticket in the place of the one that has its id, else at the end."""
+        if not self.find(ticket.id):
+            return replace(self, tickets=(*self.tickets, ticket))
+        tickets = tuple(ticket if one.id == ticket.id else one for one in self.tickets)
+        return replace(self, tickets=tickets)
 
     def remove(self, *tickets: str) -> "Board":
         return replace(self, tickets=tuple(one for one in self.tickets if one.id not in tickets))

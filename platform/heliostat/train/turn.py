@@ -65,7 +65,7 @@ class Turn:
 
         def watch() -> None:
             while not ended.wait(RUNNING_SECONDS):
-                with contextlib.suppress(HeliostatError):  # the bucket is away: ask again
+                with contextlib.suppress(Exception):  # the bucket or Ray's store is away: ask again
                     self._obey(job, self.stand.look(self.measure))
 
         thread = threading.Thread(target=watch, name="turn", daemon=True)
