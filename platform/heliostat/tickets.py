@@ -35,12 +35,18 @@ class Board:
         return next((one for one in self.tickets if one.id == ticket), None)
 
     def put(self, ticket: Ticket) -> "Board":
-        """With this ticket instead of the one that has its id."""
-        others = tuple(one for one in self.tickets if one.id != ticket.id)
-        return replace(self, tickets=(*others, ticket))
+        """With this ticket in the place of the one that has its id, else at the end."""
+        if not self.find(ticket.id):
+            return replace(self, tickets=(*self.tickets, ticket))
+        tickets = tuple(ticket if one.id == ticket.id else one for one in self.tickets)
+        return replace(self, tickets=tickets)
 
     def remove(self, *tickets: str) -> "Board":
         return replace(self, tickets=tuple(one for one in self.tickets if one.id not in tickets))
+
+
+# What room there is for those on the board.
+Measure = Callable[[Board], Room]
 
 
 class Stand:
@@ -67,7 +73,7 @@ class Stand:
         self._renewals += 1
         self._store.write(_life_key(self._cluster, self.ticket.id), b"%d" % self._renewals)
 
-    def look(self, room: Room) -> Decision:
+    def look(self, measure: Measure) -> Decision:
         """What this ticket may do now. Workers that it may have from now on are written down, as is
         its place in the row, at the first time.
 
@@ -75,9 +81,9 @@ class Stand:
         """
         if not self._renewals:
             self.renew()
-        decision = self._decide(room)
+        decision = self._decide(measure)
         if not isinstance(decision, Run) and self._bury():
-            decision = self._decide(room)
+            decision = self._decide(measure)
         return decision
 
     def hold(self, workers: int) -> None:
@@ -88,13 +94,13 @@ class Stand:
         self._change(lambda board: board.remove(self.ticket.id))
         self._store.delete(_life_key(self._cluster, self.ticket.id))
 
-    def _decide(self, room: Room) -> Decision:
+    def _decide(self, measure: Measure) -> Decision:
         decision: Decision = Wait("")
 
         def follow(board: Board) -> Board:
             nonlocal decision
             board = self._enter(board)
-            decision = decide(board.tickets, room)[self.ticket.id]
+            decision = decide(board.tickets, measure(board))[self.ticket.id]
             return self._update(board, decision.workers) if isinstance(decision, Run) else board
 
         self._change(follow)

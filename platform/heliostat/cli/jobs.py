@@ -179,7 +179,7 @@ def _read_turns(options: argparse.Namespace, jobs: "Jobs") -> dict[str, str]:
     from heliostat.tickets import read_board
 
     try:
-        tickets = read_board(open_store(options), jobs.find_session()).tickets
+        tickets = read_board(open_store(options), jobs.find_head()).tickets
     except HeliostatError as error:
         print(f"the queue is not shown: {error}", file=sys.stderr)
         return {}

@@ -169,11 +169,11 @@ class Jobs:
         names = {kind.name for kind in declared}
         return (*(kind for kind in kinds if kind.name not in names), *declared), not are_all
 
-    def find_session(self) -> str:
-        """The name of the cluster, under which its queue lies in the bucket."""
+    def find_head(self) -> str:
+        """The id of the head's node, under which the queue of the cluster lies in the bucket."""
+        wanted = [("is_head_node", "=", "True"), ("state", "=", "ALIVE")]
         with _explained(self.address):
-            answer = self.client._do_request("GET", "/api/v0/cluster_metadata")
-        return str(answer.json()["data"]["sessionName"])
+            return str(list_nodes(self.address, filters=wanted)[0].node_id)
 
     def observe(self, state: JobState) -> Situation:
         """The situation of a job now."""

@@ -4,10 +4,11 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.core.generated import gcs_pb2
 
 from heliostat import pools
@@ -15,7 +16,7 @@ from heliostat.errors import HeliostatError
 from heliostat.queue import NOTHING, Amount, Decision, Room, Run, Shrink, Ticket, Yield
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
-from heliostat.tickets import Stand, keep_alive, read_board
+from heliostat.tickets import Board, Measure, Stand, keep_alive
 from heliostat.train.allotment import allot, find_size
 from heliostat.train.job import Job
 
@@ -30,7 +31,7 @@ class Turn:
     """A run in the queue; `is_over` once its workers were told to save and to end."""
 
     stand: Stand
-    measure: Callable[[], Room]
+    measure: Measure
     is_over: bool = False
     _telling: threading.Lock = field(default_factory=threading.Lock)
 
@@ -38,7 +39,7 @@ class Turn:
         """How many workers it may have, once it may have any; says why as long as it waits."""
         self.is_over = False
         said = ""
-        while not isinstance(decision := self.stand.look(self.measure()), Run):
+        while not isinstance(decision := self.stand.look(self.measure), Run):
             if decision.reason != said:
                 print(f"in the queue: {decision.reason}", flush=True)
                 said = decision.reason
@@ -65,8 +66,8 @@ class Turn:
 
         def watch() -> None:
             while not ended.wait(RUNNING_SECONDS):
-                with contextlib.suppress(HeliostatError):  # the bucket is away: ask again
-                    self._obey(job, self.stand.look(self.measure()))
+                with contextlib.suppress(Exception):  # the bucket or Ray's store is away: ask again
+                    self._obey(job, self.stand.look(self.measure))
 
         thread = threading.Thread(target=watch, name="turn", daemon=True)
         thread.start()
@@ -98,7 +99,7 @@ class Turn:
 def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
     """A place in the queue for the run within, which is given up at its end."""
     context = ray.get_runtime_context()
-    cluster = ray._private.worker._global_node.session_name
+    cluster = find_head()
     train, pool = run.train, pools.find_pool("training")
     ticket = Ticket(
         f"{context.get_job_id()}-{secrets.token_hex(4)}",
@@ -115,8 +116,8 @@ def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
     stand = Stand(store, cluster, ticket)
     stop_renewing = keep_alive(stand)
 
-    def measure() -> Room:
-        queued = list_jobs(store, cluster) | {context.get_job_id()}
+    def measure(board: Board) -> Room:
+        queued = list_jobs(board) | {context.get_job_id()}
         return measure_pool(queued, pool) if pool else measure_room(queued)
 
     try:
@@ -127,9 +128,18 @@ def line_up(store: Store, run: RunSpec, name: str) -> Iterator[Turn]:
             stand.leave()
 
 
-def list_jobs(store: Store, cluster: str) -> set[str]:
+def find_head() -> str:
+    """The id of the head's node, which names the cluster: no job outlives it."""
+    return next(
+        str(node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and HEAD_NODE_RESOURCE_NAME in node["Resources"]
+    )
+
+
+def list_jobs(board: Board) -> set[str]:
     """The jobs of Ray, by their ids, that stand in the queue."""
-    return {ticket.id.partition("-")[0] for ticket in read_board(store, cluster).tickets}
+    return {ticket.id.partition("-")[0] for ticket in board.tickets}
 
 
 def list_largest(pool: pools.Most) -> Room:
