@@ -27,7 +27,8 @@ ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 SUPERVISOR = "_ray_internal_job_actor_"
 NODE_GROUP = "ray.io/node-group"
 UNPLACED = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
-MANY = 10_000
+# Without the second, Ray takes nodes that have died for some that it could not list.
+ALL: dict[str, Any] = {"limit": 10_000, "raise_on_missing_output": False}
 TAIL_LINES = 40
 LOG_SECONDS = 60
 # They tell of every step of an upload, and of the end of each connection.
@@ -153,7 +154,7 @@ class Jobs:
         """The nodes that there are, those that there may be by `cluster_file` or by the pools that
         this process is told of, and whether there may be others still."""
         with _explained(self.address):
-            nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=MANY)
+            nodes = list_nodes(self.address, filters=[("state", "=", "ALIVE")], **ALL)
         counts: dict[tuple[str, tuple[tuple[str, float], ...]], int] = {}
         for node in nodes:
             group = (node.labels or {}).get(NODE_GROUP, "")
@@ -173,16 +174,16 @@ class Jobs:
         """The id of the head's node, under which the queue of the cluster lies in the bucket."""
         wanted = [("is_head_node", "=", "True"), ("state", "=", "ALIVE")]
         with _explained(self.address):
-            return str(list_nodes(self.address, filters=wanted)[0].node_id)
+            return str(list_nodes(self.address, filters=wanted, **ALL)[0].node_id)
 
     def observe(self, state: JobState) -> Situation:
         """The situation of a job now."""
         with _explained(self.address):
             actors = list_actors(
-                self.address, filters=[("state", "!=", "DEAD")], limit=MANY, detail=True
+                self.address, filters=[("state", "!=", "DEAD")], detail=True, **ALL
             )
             groups = list_placement_groups(
-                self.address, filters=[("state", "!=", "REMOVED")], limit=MANY, detail=True
+                self.address, filters=[("state", "!=", "REMOVED")], detail=True, **ALL
             )
         kinds, grows = self.list_kinds()
         names = {one.ray_job: f"job {one.id}" for one in self.list() if one.ray_job}
