@@ -80,6 +80,7 @@ def test_what_a_run_took_is_kept_with_what_was_planned_and_corrects_the_next(
     assert len(calibration.load(store, hardware)) == 2
 
 
+@pytest.mark.faults
 def test_a_run_that_cannot_fit_is_refused_and_leaves_no_worker(
     store: Store, capfd: pytest.CaptureFixture[str]
 ) -> None:
