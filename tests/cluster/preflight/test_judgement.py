@@ -246,6 +246,8 @@ def test_a_node_that_is_refused_or_slow_is_failed() -> None:
     found = judge_bucket(rates, {"d": "AccessDenied"}, 0.4)
     assert wrong(found) == {("b", "bucket", "failed"), ("d", "bucket", "failed")}
     assert not wrong(judge_bucket({"a": usual}, {}, 0.4))
+    # Of two nobody knows which is ill.
+    assert not wrong(judge_bucket({name: rates[name] for name in "ab"}, {}, 0.4))
 
 
 # GPUs
@@ -288,6 +290,8 @@ def test_memory_that_ray_lent_is_no_fault() -> None:
 def test_ray_and_the_driver_count_the_same() -> None:
     assert wrong(judge_gpus({"a": Gpus((H100,), 2, False)})) == {("a", "GPU", "failed")}
     assert wrong(judge_gpus({"a": Gpus((H100,), 0, False)})) == {("a", "GPU", "warning")}
+    (told,) = judge_gpus({"a": Gpus((), 1, False, stands_in=True)})
+    assert (told.level, told.measured[:16]) == ("ok", "none, 1 declared")
     broken = Gpus((), 0, False, "Driver/library version mismatch")
     assert wrong(judge_gpus({"a": broken})) == {("a", "GPU", "failed")}
 

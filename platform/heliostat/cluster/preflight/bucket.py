@@ -68,7 +68,10 @@ def _measure(store: Store) -> Rate:
 def judge_bucket(
     rates: Mapping[str, Rate], refusals: Mapping[str, str], slow_share: float
 ) -> list[Finding]:
-    """A node that cannot use the bucket is failed, and one much slower than most of them."""
+    """A node that cannot use the bucket is failed, and of three or more one much slower than most.
+
+    Of two that differ nobody knows which is ill.
+    """
     findings = [
         Finding(
             node, "bucket", "failed", reason, "give this node the way and the rights to the bucket"
@@ -82,7 +85,7 @@ def judge_bucket(
                 ("writes", rate.write, median_high(one.write for one in rates.values())),
                 ("reads", rate.read, median_high(one.read for one in rates.values())),
             )
-            if value < slow_share * usual
+            if value < slow_share * usual and len(rates) > 2
         ]
         if slow:
             advice = "look at the network of this node, or train without it"

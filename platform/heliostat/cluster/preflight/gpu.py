@@ -42,12 +42,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """Those of a node; `declared` is what its Ray counts and `in_use` whether Ray lent any."""
+    """Those of a node; `declared` is what its Ray counts and `in_use` whether Ray lent any.
+
+    A node that `stands_in` for a machine declares GPUs that need not be there.
+    """
 
     devices: tuple[Gpu, ...]
     declared: float
     in_use: bool
     error: str = ""
+    stands_in: bool = False
 
 
 def read_gpus() -> tuple[tuple[Gpu, ...], str]:
@@ -111,6 +115,8 @@ def _judge_count(node: str, gpus: Gpus) -> Iterator[Finding]:
     if gpus.error:
         advice = "run `nvidia-smi` on this node and load or mend its driver"
         yield Finding(node, "GPU", "failed", f"the driver says: {gpus.error}", advice)
+    elif gpus.stands_in:
+        return
     elif gpus.declared > len(gpus.devices):
         measured = f"Ray counts {gpus.declared:g}, the driver sees {len(gpus.devices)}"
         advice = "find the GPU that fell off (`nvidia-smi -L`), or start Ray with the right count"
@@ -155,7 +161,8 @@ def _judge_heat(
 
 def _describe(gpus: Gpus) -> str:
     if not gpus.devices:
-        return "none"
+        declared = f", {gpus.declared:g} declared for the machine that it stands for"
+        return "none" + declared * (gpus.stands_in and gpus.declared > 0)
     names = ", ".join(sorted({gpu.name for gpu in gpus.devices}))
     free_bytes = min(gpu.memory_free_bytes for gpu in gpus.devices)
     return f"{len(gpus.devices)} x {names}, {free_bytes / GIB:.1f} GiB free or more"

@@ -22,6 +22,7 @@ from heliostat.cluster.preflight.links import Speed
 from heliostat.cluster.preflight.room import Disk, Room
 from heliostat.cluster.preflight.sockets import Listener
 from heliostat.cluster.preflight.versions import Versions, read_versions
+from heliostat.environment import STAND_IN
 
 GLOO, NCCL = "gloo", "nccl"
 
@@ -36,6 +37,7 @@ class Account:
     room: Room
     gpus: tuple[Gpu, ...]
     gpu_error: str
+    stands_in: bool
 
 
 class Inspector:
@@ -59,6 +61,7 @@ class Inspector:
             _read_room(raylet, environment, store_bytes),
             gpus,
             error,
+            STAND_IN in environment,
         )
 
     def tell_time(self) -> float:

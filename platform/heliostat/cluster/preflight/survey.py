@@ -132,6 +132,7 @@ def _count_gpus(nodes: Sequence[Node], accounts: Mapping[str, Account]) -> dict[
             declared[node],
             available.get(node, {}).get("GPU", 0) < declared[node],
             account.gpu_error,
+            account.stands_in,
         )
         for node, account in accounts.items()
     }
