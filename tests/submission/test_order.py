@@ -77,6 +77,12 @@ def test_what_only_sounds_like_a_credential_passes(name: str) -> None:
     order.refuse_credentials({"env_vars": {name: "1"}, "pip": ["torch==2.13.0"]}, "env.yaml")
 
 
+def test_a_switch_is_no_credential() -> None:
+    order.refuse_credentials({"deploy.auth": "false"}, "the command line")
+    with pytest.raises(HeliostatError):
+        order.refuse_credentials({"deploy.auth": "falsehood"}, "the command line")
+
+
 def test_a_job_is_found_by_its_name_or_path_below_the_directory() -> None:
     assert order.find_job("train", CHECKOUT) == "jobs/train.py"
     assert order.find_job("jobs/train.py", CHECKOUT) == "jobs/train.py"

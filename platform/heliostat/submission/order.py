@@ -18,6 +18,7 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 JOBS = "jobs"
 RUNTIME_ENV = "runtime_env.yaml"
 # Words of a key that names a credential; where two stand together, both in this order.
+SWITCHES = ("true", "false")  # `deploy.auth=false` says whether, not what
 CREDENTIAL_WORDS = re.compile(
     r"passw|secret|credential|passphrase"
     r"|(^|[^a-z])(token|auth)([^a-z]|$)"
@@ -129,6 +130,7 @@ def refuse_credentials(document: Any, origin: str) -> None:
     for path, value in _walk(document):
         key = path.rpartition(".")[2].lower()
         named = CREDENTIAL_WORDS.search(key) and not REFERENCE.search(key)
+        named = named and value.lower() not in SWITCHES
         if value and (named or CREDENTIALS.search(value)):
             raise HeliostatError(
                 f"{origin}: {path} looks like a credential, and Ray shows a job's environment and "
