@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from heliostat.signature import Signature
 
@@ -55,7 +56,8 @@ class Faulty(nn.Module):
         self.passes = 0
 
     def forward(self, x_N: Tensor) -> Tensor:
-        if self.training and x_N.device.type != "meta":
+        # A plan runs it on tensors without values: those passes are none.
+        if self.training and x_N.device.type != "meta" and not isinstance(x_N, FakeTensor):
             self.passes += 1
             self._misbehave(distributed.get_rank() if distributed.is_initialized() else 0)
         outputs: Tensor = self.layers(x_N)
