@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import secrets
 import select
 import signal
@@ -96,7 +97,7 @@ def test_a_detached_job_is_listed_explained_printed_and_stopped(
         one for one in json.loads(run(folder, "jobs", "--json").stdout) if one["id"] == name
     )
     assert (listed["status"], listed["metadata"]["team"]) == ("RUNNING", "waits")
-    assert f"{name}  RUNNING  program mine" in run(folder, "jobs").stdout
+    assert re.search(rf"{name} +RUNNING +program mine ", run(folder, "jobs").stdout)
     why = json.loads(run(folder, "why", name, "--json").stdout)["why"]
     assert why == ["it runs; the last it said: it is mine"]
     stopped = run(folder, "stop", name)
