@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from heliostat.data.expected import read_rows
 from heliostat.data.manifest import Manifest
@@ -41,6 +41,7 @@ class Ahead:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         self._forecast: Forecast | None = None
+        self._interrupts = False
         self._thread = threading.Thread(target=self._ask, name="plan", daemon=True)
 
     def start(self, beside: bool) -> None:
@@ -110,5 +111,4 @@ def look_ahead(run: RunSpec, manifest: Manifest, store: Store) -> Iterator[Ahead
         ahead.check()
         raise
     finally:
-        with suppress(ProcessLookupError):
-            ahead.end()
+        ahead.end()

@@ -7,7 +7,6 @@ model is measured, takes seconds to load, and the driver of a run does without i
 import json
 import pickle
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from heliostat.data.expected import Rows
@@ -91,7 +90,7 @@ def _refuse(plan: Plan) -> str:
     )
 
 
-def main(arguments: Sequence[str] = ()) -> None:
+def main() -> None:
     # From the process that started this one.
     question = pickle.load(sys.stdin.buffer)  # noqa: S301
     print(json.dumps(asdict(forecast(question))))
