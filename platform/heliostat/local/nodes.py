@@ -149,7 +149,7 @@ class Nodes(NodeProvider):  # type: ignore[misc]
             STAND_IN: "1",
             INSTANCE: name,
             TYPE: node_type,
-            LABELS: json.dumps(dict(labels)),
+            LABELS: json.dumps(labels),
             RESOURCES: declared,
         }
         # A folder each: raylets that start together in one take each other's sockets.
