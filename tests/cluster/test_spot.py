@@ -261,6 +261,7 @@ def test_one_notice_of_aws_drains_one_node_once(
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 def test_ray_that_comes_back_within_the_notice_is_told(
     cluster: Cluster, join_node: Callable[..., str], tmp_path: Path, wait_until: Wait
 ) -> None:

@@ -72,7 +72,7 @@ def test_a_setting_changes_the_plan(spec: str, capsys: pytest.CaptureFixture[str
 def test_what_fits_nowhere_is_told_with_a_remedy(
     spec: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = ("model.width=8192", "model.layers=40", "model.heads=64", "train.steps=1")
+    size = ("model.width=16384", "model.layers=10", "model.heads=128", "train.steps=1")
     big = (*size, "train.gpus_per_worker=1", "train.global_batch=64", "train.workers=64")
     status, out, _ = ask(capsys, spec, *big)
     assert status == 2

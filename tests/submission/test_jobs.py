@@ -137,6 +137,7 @@ def test_a_job_that_waits_for_room_is_pending_with_its_reason(
         run(folder, "stop", second)
 
 
+@pytest.mark.faults
 def test_a_flood_of_lines_is_read_from_its_end_and_says_so(folder: Path, name: str) -> None:
     assert submit(folder, name, "floods", "--detach").returncode == 0
     assert run(folder, "logs", name, "-f").returncode == 0
