@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -137,14 +138,33 @@ def spec(scaled: Cluster, tmp_path: Path) -> Path:
 
 def run(cluster: Cluster, program: str, *words: object) -> subprocess.CompletedProcess[str]:
     """A job of this repository as a driver, pointed at `cluster` and nothing else."""
+    return _call(cluster, [sys.executable, f"jobs/{program}.py", *map(str, words)])
+
+
+def submit(cluster: Cluster, program: str, *words: object) -> str:
+    """The same as a job of the cluster, by its id."""
+    job = f"{program}-{secrets.token_hex(4)}"
+    path = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    options = ["--no-wait", "--submission-id", job, "--runtime-env-json", json.dumps(path)]
+    entrypoint = [sys.executable, str(Path(f"jobs/{program}.py").resolve()), *map(str, words)]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+    told = _call(cluster, [*ray, *options, "--", *entrypoint])
+    assert told.returncode == 0, told.stderr
+    return job
+
+
+def ask(cluster: Cluster, *words: str) -> str:
+    """What `heliostat ...` answers."""
+    told = _call(cluster, [sys.executable, "-m", "heliostat.cli", *words])
+    assert told.returncode == 0, told.stderr
+    return told.stdout
+
+
+def _call(cluster: Cluster, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(sys.path)
+    environment = {**processes.clean_environment(), **cluster.env, "PYTHONPATH": path}
     return subprocess.run(
-        [sys.executable, f"jobs/{program}.py", *map(str, words)],
-        env={**processes.clean_environment(), **cluster.env, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 
@@ -226,6 +246,24 @@ def test_missing_spot_capacity_is_made_up_for_on_demand(
         assert count(seen["training"]) == 2
     finally:
         scaled.home.capacity.unlink()
+    wait_until(lambda: not local.list_nodes(scaled), 60)
+
+
+@pytest.mark.faults
+def test_without_capacity_the_reason_is_told_in_time_and_the_job_runs_once_there_is_some(
+    scaled: Cluster, spec: Path, wait_until: WaitUntil
+) -> None:
+    prepare(scaled, spec)
+    scaled.home.capacity.write_text(json.dumps({"training": {"spot": 0, "on-demand": 0}}))
+    job = submit(scaled, "train", spec, "train.seed=7", "train.workers=1")
+    try:
+        began = time.monotonic()
+        wait_until(lambda: "Insufficient" in ask(scaled, "why", job), 60)
+        print(f"after {time.monotonic() - began:.1f} s: {ask(scaled, 'why', job)}")
+    finally:
+        scaled.home.capacity.unlink()
+    wait_until(lambda: "it has ended" in ask(scaled, "why", job), 240)
+    assert "SUCCEEDED" in ask(scaled, "why", job)
     wait_until(lambda: not local.list_nodes(scaled), 60)
 
 

@@ -396,7 +396,9 @@ def copy_events(store: Store, run: str, folder: Path) -> Path:
 
 def list_begins(events: Path) -> list[int]:
     """After which step each life of a run began."""
-    found = (event for path in sorted(events.iterdir()) for event in EventFileLoader(path).Load())
+    found = (
+        event for path in sorted(events.iterdir()) for event in EventFileLoader(str(path)).Load()
+    )
     return [event.step - 1 for event in found if event.HasField("session_log")]
 
 
