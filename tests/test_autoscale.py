@@ -114,8 +114,9 @@ def test_without_any_capacity_the_launch_fails_by_name_and_is_written_down(
     assert read_markets(provider) == []
     assert "InsufficientInstanceCapacity" in (tmp_path / "logs" / "nodes.log").read_text()
     (tmp_path / "capacity.json").unlink()
-    launch(provider)
-    assert read_markets(provider) == ["spot"]
+    with pytest.raises(NodeLaunchException):  # it is not asked again at once
+        launch(provider)
+    assert (tmp_path / "logs" / "nodes.log").read_text().count("\n") == 1
 
 
 # A real autoscaler.

@@ -4,6 +4,9 @@ from typing import Any
 
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
+
+from heliostat.pauses import Pauses
 
 MARKET = "InstanceMarketOptions"
 # What EC2 calls it that there is no spot capacity to be had, or no more of it for this account.
@@ -24,7 +27,17 @@ class Nodes(AWSNodeProvider):  # type: ignore[misc]
     EC2 refuses to launch one it asks for the same type again, for as long as there is no capacity.
     """
 
+    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
+        super().__init__(provider_config, cluster_name)
+        self._pauses = Pauses()
+
     def create_node(
+        self, node_config: dict[str, Any], tags: dict[str, str], count: int
+    ) -> dict[str, Any]:
+        with self._pauses.keep(tags.get(TAG_RAY_USER_NODE_TYPE, "")):
+            return self._create(node_config, tags, count)
+
+    def _create(
         self, node_config: dict[str, Any], tags: dict[str, str], count: int
     ) -> dict[str, Any]:
         try:

@@ -29,6 +29,7 @@ from ray.autoscaler.tags import (
 from heliostat.environment import STAND_IN
 from heliostat.local import processes
 from heliostat.local.scaling import HEAD, INSTANCE, LABELS, RESOURCES, TYPE
+from heliostat.pauses import Pauses
 from heliostat.pools import MARKET_LABEL
 
 SPOT, ON_DEMAND = "spot", "on-demand"
@@ -50,6 +51,7 @@ class Nodes(NodeProvider):  # type: ignore[misc]
         self._lock = threading.Lock()
         self._head = _describe(HEAD, NODE_KIND_HEAD, HEAD)
         self._nodes: dict[str, _Node] = {}
+        self._pauses = Pauses()
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class Nodes(NodeProvider):  # type: ignore[misc]
             NodeLaunchException: there is no capacity for one of `count` machines.
         """
         node_type = tags[TAG_RAY_USER_NODE_TYPE]
-        with self._lock:
+        with self._lock, self._pauses.keep(node_type):
             for _ in range(count):
                 market = self._choose_market(node_type, node_config["spot"])
                 name = f"{node_type}-{secrets.token_hex(3)}"

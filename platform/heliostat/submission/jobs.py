@@ -12,13 +12,14 @@ from typing import Any
 
 import requests
 import yaml
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 
 from heliostat.errors import HeliostatError
 from heliostat.hardware import MACHINES
 from heliostat.pools import PURPOSES, find_pool
+from heliostat.submission import launches
 from heliostat.submission.fit import Kind, Resources
 from heliostat.submission.order import Order
 from heliostat.submission.reason import ENDED, Holder, Request, Situation
@@ -131,15 +132,16 @@ class Jobs:
     def read_log(self, state: JobState, lines: int) -> Iterator[str]:
         """The last `lines` lines of what the job printed, all of it if -1, in pieces; nothing
         before it runs."""
-        if not state.node:
-            return
-        wanted: dict[str, str | int] = {"node_id": state.node}
-        wanted |= {"filename": f"job-driver-{state.id}.log", "lines": lines}
+        if state.node:
+            yield from self._read_file(state.node, f"job-driver-{state.id}.log", lines)
+
+    def _read_file(self, node: str, name: str, lines: int) -> Iterator[str]:
+        """Of a log of a node, in pieces; nothing if there is none."""
         with (
             _explained(self.address),
             requests.get(
                 f"{self.address}/api/v0/logs/file",
-                params=wanted,
+                params={"node_id": node, "filename": name, "lines": str(lines)},
                 headers=self.client._headers,
                 stream=True,
                 timeout=LOG_SECONDS,
@@ -149,6 +151,21 @@ class Jobs:
                 return
             decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
             yield from map(decoder.decode, answer.iter_content(chunk_size=None))
+
+    def _tell_launches(self) -> Iterator[str]:
+        """Of nodes that come or do not, where the autoscaler of the cluster can be reached."""
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address or "://" in address or address == "auto":
+            return
+        try:
+            found = launches.read_launches(address)
+        except HeliostatError as error:  # the rest is known without it
+            yield str(error)
+            return
+        log = ""
+        if found.failed:
+            log = "".join(self._read_file(self.find_head(), launches.LOG, launches.LOG_LINES))
+        yield from launches.tell_launches(found, launches.find_refusals(log))
 
     def list_kinds(self, cluster_file: Path | None = None) -> tuple[tuple[Kind, ...], bool]:
         """The nodes that there are, those that there may be by `cluster_file` or by the pools that
@@ -196,7 +213,7 @@ class Jobs:
             kinds,
             tuple(_list_holders(names, actors, groups)),
             grows,
-            tuple(list_launches()),
+            tuple(self._tell_launches()),
             tuple("".join(self.read_log(state, TAIL_LINES)).splitlines()),
         )
 
@@ -240,27 +257,6 @@ def _find_resources(node_type: Mapping[str, Any]) -> dict[str, float]:
     name = (node_type.get("node_config") or {}).get("InstanceType")
     machine = next((one for one in MACHINES if one.name == name), None)
     return {"CPU": machine.vcpus, "GPU": machine.accelerators} if machine else {}
-
-
-def list_launches() -> Iterator[str]:
-    """What the autoscaler says of nodes that come or do not, where its cluster can be reached."""
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address or "://" in address or address == "auto":
-        return
-    try:
-        status = get_cluster_status(address, timeout=3)
-    except (RayError, RuntimeError, OSError) as error:  # the rest is known without it
-        yield f"the autoscaler at {address} does not answer ({type(error).__name__})"
-        return
-    for launch in status.pending_launches:
-        yield f"{launch.count} x {launch.ray_node_type_name} asked for, and not there yet"
-    for node in status.pending_nodes:
-        yield f"a {node.ray_node_type_name} is starting"
-    for launch in status.failed_launches:
-        told = " ".join((launch.details or "no reason given").split())[:300]
-        yield f"{launch.count} x {launch.ray_node_type_name} did not come: {told}"
 
 
 def _list_requests(state: JobState, actors: Any, groups: Any) -> Iterator[Request]:
