@@ -39,32 +39,6 @@ def test_a_run_is_written_for_a_quarter_of_its_time_at_most(
     assert find_interval(stall, write, failure) >= 4 * write
 
 
-@given(share=st.floats(0, 1), write=SECONDS, failure=st.floats(1e3, 1e6))
-def test_what_steps_lose_beside_a_checkpoint_costs_as_much_as_being_held_up(
-    share: float, write: float, failure: float
-) -> None:
-    held_up = find_interval(share * write, write, failure)
-    assert find_interval(0, write, failure, share) == pytest.approx(held_up)
-
-
-def test_a_run_whose_steps_are_slow_beside_a_checkpoint_is_saved_less_often() -> None:
-    intervals = []
-    for slow_seconds in (1.0, 2.0):
-        clock = Clock()
-        cadence = Cadence("auto", clock=clock)
-        saved = [0.0]
-        for step in range(1, 200):
-            is_writing = clock.now - saved[-1] < 2 and len(saved) > 1
-            seconds = slow_seconds if is_writing else 1.0
-            clock.now += seconds
-            cadence.add_step(seconds, is_writing)
-            if cadence.is_due(step):
-                saved.append(clock.now)
-                cadence.count(stall_seconds=0.01, write_seconds=2.0)
-        intervals.append(saved[-1] - saved[-2])
-    assert intervals[1] > 3 * intervals[0]
-
-
 def test_given_steps_are_kept_to() -> None:
     cadence = Cadence(50)
     assert [step for step in range(1, 201) if cadence.is_due(step)] == [50, 100, 150, 200]

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Sequence
-from statistics import mean
 from typing import Literal
 
 from heliostat.train.goodput import Attempt, Clock
@@ -17,8 +16,7 @@ class Cadence:
     """Says at each step whether to save: every so many steps, or with `auto` by `find_interval`.
 
     The mean time to a failure is that of the `earlier` attempts and this one, with an hour without
-    a failure before them. What a checkpoint costs is for how long it holds the run up, and how much
-    longer the steps take beside which it is written.
+    a failure before them.
     """
 
     def __init__(
@@ -32,43 +30,25 @@ class Cadence:
         self._ran_before = HOUR + sum(sum(attempt.seconds.values()) for attempt in earlier)
         self._began = self._saved = clock()
         self._interval = LEAST_SECONDS
-        self._steps_alone: list[float] = []
-        self._steps_beside: list[float] = []
 
     def is_due(self, step: int) -> bool:
         if self._steps != "auto":
             return step % self._steps == 0
         return self._clock() - self._saved >= self._interval
 
-    def add_step(self, seconds: float, is_writing: bool) -> None:
-        """Tell of a step, and whether a checkpoint was written beside it."""
-        (self._steps_beside if is_writing else self._steps_alone).append(seconds)
-
     def count(self, stall_seconds: float, write_seconds: float) -> None:
         """Tell of a checkpoint: for how long it held the run up, how long the one before took."""
         self._saved = self._clock()
         ran = self._ran_before + self._saved - self._began
         failure_seconds = ran / (1 + self._failures)
-        lost_share = find_lost_share(self._steps_alone, self._steps_beside)
-        self._steps_alone, self._steps_beside = [], []
-        self._interval = find_interval(stall_seconds, write_seconds, failure_seconds, lost_share)
+        self._interval = find_interval(stall_seconds, write_seconds, failure_seconds)
 
 
-def find_lost_share(alone: Sequence[float], beside: Sequence[float]) -> float:
-    """Of the time in which a checkpoint is written, by the seconds of steps alone and beside it."""
-    if not alone or not beside:
-        return 0.0
-    return max(0.0, 1 - mean(alone) / mean(beside))
-
-
-def find_interval(
-    stall_seconds: float, write_seconds: float, failure_seconds: float, lost_share: float = 0.0
-) -> float:
+def find_interval(stall_seconds: float, write_seconds: float, failure_seconds: float) -> float:
     """Seconds from a checkpoint to the next: sqrt(2CM), Young 1974.
 
-    C is for how long a checkpoint holds the run up, and what is lost of the time in which it is
-    written; M the mean time to a failure. It is long enough that the run is written for WRITE_SHARE
-    of its time at most.
+    C is for how long a checkpoint holds the run up, M the mean time to a failure. It is long enough
+    that the run is written for WRITE_SHARE of its time at most.
     """
-    best = math.sqrt(2 * (stall_seconds + lost_share * write_seconds) * failure_seconds)
+    best = math.sqrt(2 * stall_seconds * failure_seconds)
     return max(best, write_seconds / WRITE_SHARE, LEAST_SECONDS)

@@ -304,7 +304,6 @@ class _Worker:
         self._position.step = report.step
         self._position.tokens += report.weight
         self._position.seconds = report.votes[1]
-        self._cadence.add_step(report.seconds, self._writer.is_writing)
         if self._average:
             self._average.update()
         if self._progress:

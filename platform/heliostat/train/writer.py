@@ -63,10 +63,6 @@ class Writer:
         self._plan: _Plan | None = None
         self._staged: dict[str, Tensor] = {}
 
-    @property
-    def is_writing(self) -> bool:
-        return self._pending is not None and not self._pending.done()
-
     def begin(
         self, step: int, state: State, extra: Mapping[str, Any], metric: float | None = None
     ) -> float:
