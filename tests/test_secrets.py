@@ -50,7 +50,7 @@ Wait = Callable[..., None]
 
 @pytest.fixture
 def told(cluster: Cluster, bucket: str, tmp_path: Path, wait_until: Wait) -> list[str]:
-    """What two commands and a job print that meet secrets and errors, and the job's message."""
+    """What a job prints that meets secrets and errors, and the message that Ray keeps of it."""
     program = tmp_path / "job.py"
     program.write_text(PROGRAM)
     jobs = JobSubmissionClient()

@@ -34,7 +34,7 @@ class Pauses:
         """
         pause = self._pauses.get(node_type)
         if pause and self._monotonic() < pause.end:
-            raise pause.refusal
+            raise pause.refusal.with_traceback(None)
         try:
             yield
         except Exception as error:
