@@ -9,9 +9,9 @@ from heliostat.storage import LocalStore
 class GarblingStore(LocalStore):
     seen: set[tuple[str, int]] = field(default_factory=set, compare=False)
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        data = bytearray(super().read_range(key, offset, length))
+    def read_range(self, key: str, offset: int, length: int) -> bytearray:
+        data = super().read_range(key, offset, length)
         if (key, offset) not in self.seen:
             self.seen.add((key, offset))
             data[-1] ^= 1
-        return bytes(data)
+        return data

@@ -37,6 +37,7 @@ ROOM_BYTES = 10**6
 CLIP_NORM, MICRO_BATCH, TIMEOUT = 0.5, 2, timedelta(seconds=60)
 
 
+Step = tuple[float, ...]  # the loss, the norm of the gradient, what the ranks said in sum
 Seen = dict[str, Any]
 
 
@@ -99,37 +100,46 @@ def batches(rank: int = 0, world_size: int = 1) -> Iterator[loop.Batch]:
         yield loop.Batch((inputs[mine],), targets[mine], mine.start, rows, weight=rows)
 
 
-def train_plainly(network: str) -> list[tuple[float, float]]:
-    """(loss, norm of the gradient) of every step in one process, nothing applied from outside."""
+def train_plainly(network: str) -> list[Step]:
+    """Every step in one process, nothing applied from outside."""
     model = make_network(network)
-    recipe = loop.Recipe(lambda step: OPTIMIZER.lr, clip_norm=CLIP_NORM)
+    recipe = loop.Recipe(
+        lambda step: OPTIMIZER.lr, clip_norm=CLIP_NORM, ask=lambda: ask(loop.ALONE)
+    )
     return _follow(model, TASK, model, recipe, loop.ALONE)
 
 
-def train_case(case: Case, rank: int = 0) -> list[tuple[float, float]]:
+def ask(ranks: loop.Ranks) -> tuple[float, float]:
+    """What each rank says; in sum 1 and 1."""
+    part = (ranks.rank + 1) / sum(range(1, ranks.world_size + 1))
+    return part, float(ranks.rank == 0)
+
+
+def train_case(case: Case, rank: int = 0) -> list[Step]:
     """The same by the strategy of `case`, in micro batches."""
     settings = asdict(case) | {"network": None, "world_size": None}
     spec = TrainSpec(**{key: value for key, value in settings.items() if value is not None})
     model = make_network(case.network)
     parallel = parallelize(model, TASK, spec, CPU, case.world_size)
+    ranks = loop.Ranks(rank, case.world_size)
     recipe = loop.Recipe(
         lambda step: OPTIMIZER.lr,
         clip_norm=CLIP_NORM,
         micro_batch=MICRO_BATCH,
         autocast=parallel.autocast,
         scaler=parallel.scaler,
+        ask=lambda: ask(ranks),
     )
-    ranks = loop.Ranks(rank, case.world_size)
     return _follow(parallel.model, parallel.task, model, recipe, ranks)
 
 
 def _follow(
     model: nn.Module, task: Task, bare: nn.Module, recipe: loop.Recipe, ranks: loop.Ranks
-) -> list[tuple[float, float]]:
+) -> list[Step]:
     optimizer = build_optimizer(OPTIMIZER, bare)
     shares = batches(ranks.rank, ranks.world_size)
     steps = loop.fit(model, task, optimizer, shares, recipe, ranks=ranks)
-    return [(step.metrics["loss"], step.grad_norm) for step in steps]
+    return [(step.metrics["loss"], step.grad_norm, *step.votes) for step in steps]
 
 
 def search(room_bytes: int, world_size: int = 1) -> int:

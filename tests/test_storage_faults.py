@@ -168,7 +168,7 @@ def test_a_cut_body_is_resumed_where_it_stopped(
         headers.append(request.headers.get("Range", "") + request.headers.get("If-Match", ""))
         return cut(share) if request.number < 2 else None
 
-    reads: list[Callable[[], bytes]] = [
+    reads: list[Callable[[], bytes | bytearray]] = [
         lambda: store.read("key"),
         lambda: store.open("key").read(),
         lambda: store.read_range("key", 0, len(data)),

@@ -146,6 +146,8 @@ def test_prometheus_takes_its_config_and_listens_inside(tmp_path: Path) -> None:
     (command,) = (c for c in config["head_setup_commands"] if "prometheus.yml" in c)
     subprocess.run(["bash", "-c", command], env={"HOME": str(tmp_path)}, check=True)
     written = tmp_path / "heliostat-prometheus.yml"
+    # What the Rays of this machine left behind is not judged.
+    written.write_text(written.read_text().replace("/tmp/ray/", f"{tmp_path}/"))
     subprocess.run(["promtool", "check", "config", str(written)], check=True)
     (start,) = (c for c in config["head_start_ray_commands"] if "setsid prometheus" in c)
     assert "--web.listen-address=127.0.0.1:9090" in shlex.split(start)

@@ -36,13 +36,12 @@ def main(folder: Path, rows: int, fullest: float) -> None:
     )
     store = connect(root)
     order = stream.plan(manifest, "train", 256, 0)
-    reader = ray.remote(stream.ChunkReader).options(num_cpus=0)
-    actor = reader.remote(store, manifest, "train", order, order.steps_per_epoch, 0.25)
     steps = range(order.steps_per_epoch)
-    shares = stream.iter_shares(
-        order, manifest, stream.fetch_from(actor), steps=steps, rank=0, world_size=1
-    )
-    sums = [share.columns[IMAGE].sum(dtype=np.int64) for share in shares]
+    with stream.start_reader(store, manifest, "train", order, len(steps), 0.25) as reader:
+        shares = stream.iter_shares(
+            order, manifest, stream.fetch_from(reader), steps=steps, rank=0, world_size=1
+        )
+        sums = [share.columns[IMAGE].sum(dtype=np.int64) for share in shares]
     for split in ("validation", "test"):
         batches = stream.read_split(store, manifest, split, 256)
         sums += [batch[IMAGE].sum(dtype=np.int64) for batch in batches]

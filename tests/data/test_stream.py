@@ -118,12 +118,8 @@ def run_reader(
 
     ray.init(ignore_reinit_error=True)
     steps = -(-chunks // order.chunks_per_epoch) * order.steps_per_epoch
-    reader = ray.remote(stream.ChunkReader).options(num_cpus=0)
-    actor = reader.remote(store, manifest, "train", order, steps, cache_share)
-    try:
-        yield stream.fetch_from(actor)
-    finally:
-        ray.kill(actor)
+    with stream.start_reader(store, manifest, "train", order, steps, cache_share) as reader:
+        yield stream.fetch_from(reader)
 
 
 @pytest.mark.cluster
@@ -135,6 +131,31 @@ def test_the_pipeline_hands_out_chunks_in_order_from_any_position(cluster: objec
     with run_reader(store, manifest, order, 4 * order.chunks_per_epoch) as fetch:
         for index in (0, 1, 2, 1, 6, 7, 3):
             assert fetch(index).equals(expected(index))
+
+
+@pytest.mark.cluster
+def test_a_reader_that_has_ended_keeps_no_cpu_from_others(
+    cluster: object, wait_until: Callable[..., None]
+) -> None:
+    import ray
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+    def find_pipelines() -> set[str]:
+        """Those that Ray Data shares the cluster among."""
+        coordinator = get_or_create_autoscaling_coordinator()
+        return set(ray.get(coordinator.__ray_call__.remote(lambda self: [*self._ongoing_reqs])))
+
+    store = connect(f"{cluster.root}/test-stream")  # type: ignore[attr-defined]
+    manifest = store_images(store, ROWS)
+    order = Order(stream.plan(manifest, "train", 64, 1).part_rows, 64, 2, 1)
+    ray.init(ignore_reinit_error=True)
+    before = find_pipelines()
+    with run_reader(store, manifest, order, 4 * order.chunks_per_epoch) as fetch:
+        for index in (0, 1):
+            fetch(index)
+        during = find_pipelines() - before
+    assert during
+    wait_until(lambda: not during & find_pipelines(), 10)
 
 
 @pytest.mark.cluster

@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[str, list[tuple[float, float]]]:
+def plain() -> dict[str, list[strategies.Step]]:
     return {network: strategies.train_plainly(network) for network in NETWORKS}
 
 
@@ -57,9 +57,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[strategies.Seen]:
     return strategies.train_together(TOGETHER, tmp_path_factory.mktemp("ranks"))
 
 
-def assert_same(
-    case: Case, seen: list[tuple[float, float]], plain: list[tuple[float, float]]
-) -> None:
+def assert_same(case: Case, seen: list[strategies.Step], plain: list[strategies.Step]) -> None:
     tolerance = TOLERANCE[case.precision]
     torch.testing.assert_close(seen, plain, rtol=tolerance, atol=tolerance, check_dtype=False)
 
@@ -68,7 +66,7 @@ def assert_same(
 def test_workers_learn_what_one_process_learns(
     case: Case,
     seen: list[strategies.Seen],
-    plain: dict[str, list[tuple[float, float]]],
+    plain: dict[str, list[strategies.Step]],
 ) -> None:
     for rank in seen[: case.world_size]:
         assert_same(case, [tuple(step) for step in rank[str(case)]], plain[case.network])
@@ -76,7 +74,7 @@ def test_workers_learn_what_one_process_learns(
 
 @pytest.mark.parametrize("case", ALONE, ids=str)
 def test_one_process_learns_the_same_by_every_name(
-    case: Case, plain: dict[str, list[tuple[float, float]]]
+    case: Case, plain: dict[str, list[strategies.Step]]
 ) -> None:
     assert_same(case, strategies.train_case(case), plain[case.network])
 

@@ -76,8 +76,7 @@ def stack_series(rows: Sequence[NDArray[np.float32]]) -> NDArray[Any]:
 
 def _encode_image(features: ImageFeatures, pixels: NDArray[Any]) -> NDArray[np.float32]:
     scale, shift = _find_scale(features)
-    normal = pixels.astype(np.float32)
-    normal *= scale
+    normal = np.multiply(pixels, scale, dtype=np.float32)
     normal += shift
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
 

@@ -39,7 +39,7 @@ def decode_image(
         raise ValueError(f"not a readable PNG or JPEG file: {_first_line(error)}") from error
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A PNG or JPEG file of a bounded size with only its header read; raises BROKEN_IMAGE."""
     image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
     if image.width * image.height > max_pixels:

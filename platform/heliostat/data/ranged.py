@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 
-class RangedFile(io.RawIOBase):
-    """A file of `size` bytes; `fetch(offset, count)` returns exactly those bytes of it."""
+class RangedFile(io.IOBase):
+    """A file of `size` bytes; `fetch(offset, count)` returns exactly those bytes of it.
 
-    def __init__(self, size: int, fetch: Callable[[int, int], bytes | memoryview]) -> None:
+    PyArrow reads from what `fetch` returns, without a copy.
+    """
+
+    def __init__(self, size: int, fetch: Callable[[int, int], bytearray | memoryview]) -> None:
         self._size, self._fetch, self._position = size, fetch, 0
 
     def readable(self) -> bool:
@@ -17,16 +20,14 @@ class RangedFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = start + offset
         return self._position
 
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        buffer[:count] = self._fetch(self._position, count)
+    def read(self, size: int = -1) -> Any:
+        rest = max(0, self._size - self._position)
+        count = rest if size < 0 else min(size, rest)
+        data = self._fetch(self._position, count)
         self._position += count
-        return count
+        return data

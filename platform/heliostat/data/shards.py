@@ -237,7 +237,7 @@ def _parse_footer(footer: str) -> pq.FileMetaData:
     return pq.read_metadata(pa.BufferReader(zlib.decompress(base64.b64decode(footer))))
 
 
-def _read_verified(store: Store, span: Span) -> bytes:
+def _read_verified(store: Store, span: Span) -> bytearray:
     """What is damaged is read once more: a network may garble what the bucket keeps well."""
     for _ in range(2):
         data = _read_bytes(store, span)
@@ -250,7 +250,7 @@ def _read_verified(store: Store, span: Span) -> bytes:
     )
 
 
-def _read_bytes(store: Store, span: Span) -> bytes:
+def _read_bytes(store: Store, span: Span) -> bytearray:
     try:
         return store.read_range(span.shard.key, span.groups[0].offset, span.bytes)
     except HeliostatError as error:
@@ -259,7 +259,7 @@ def _read_bytes(store: Store, span: Span) -> bytes:
         ) from error
 
 
-def _find_damaged(span: Span, data: bytes) -> int | None:
+def _find_damaged(span: Span, data: bytearray) -> int | None:
     """The number of the first row group that is not the one that was written."""
     for index, group in enumerate(span.groups, start=span.first):
         start = group.offset - span.groups[0].offset
@@ -269,6 +269,6 @@ def _find_damaged(span: Span, data: bytes) -> int | None:
     return None
 
 
-def _cut(data: bytes, first: int, offset: int, count: int) -> memoryview:
+def _cut(data: bytearray, first: int, offset: int, count: int) -> memoryview:
     """`count` bytes at `offset` of a file whose bytes from `first` on are `data`."""
     return memoryview(data)[offset - first : offset - first + count]

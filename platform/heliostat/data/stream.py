@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.exceptions import RayError
 
 from heliostat import pools
 from heliostat.data.cache import Cache, gather
@@ -42,6 +44,7 @@ CHUNKS_KEPT = 8
 CHUNKS_AHEAD = 4
 LOOK_SECONDS = 0.02
 PARALLEL_READS = 4
+CLOSE_SECONDS = 5
 
 Columns = Mapping[str, npt.NDArray[Any]]
 T = TypeVar("T")
@@ -139,6 +142,11 @@ class ChunkReader:
         """Bytes of the chunks that came from the bucket, as they are stored there."""
         return self._read_bytes
 
+    async def close(self) -> None:
+        """End the pipeline, and with it what Ray Data sets aside of the cluster for it: of an actor
+        that was killed, that is kept from other pipelines until it expires."""
+        self._bundles = iter(())
+
     def _count(self, index: int) -> None:
         self._read_bytes += sum(self._spans[part].bytes for part in self._order.chunk(index).parts)
 
@@ -222,6 +230,19 @@ class Breather(ExecutionCallback):  # type: ignore[misc]  # Ray has no types
     def on_execution_step(self, executor: Any) -> None:
         time.sleep(max(0.0, self._looked + LOOK_SECONDS - time.monotonic()))
         self._looked = time.monotonic()
+
+
+@contextmanager
+def start_reader(*arguments: Any, **options: Any) -> Iterator[Any]:
+    """The actor of a `ChunkReader` of these arguments, with these options of Ray."""
+    reader: Any = ray.remote(ChunkReader).options(num_cpus=0, **options)
+    actor = reader.remote(*arguments)
+    try:
+        yield actor
+    finally:
+        with suppress(RayError):
+            ray.get(actor.close.remote(), timeout=CLOSE_SECONDS)
+        ray.kill(actor)
 
 
 def fetch_from(reader: Any) -> Callable[[int], pa.Table]:

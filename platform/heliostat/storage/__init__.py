@@ -45,7 +45,7 @@ class Store(Protocol):
     def read(self, key: str) -> bytes:
         """The whole object; Missing if there is none."""
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
+    def read_range(self, key: str, offset: int, length: int) -> bytearray:
         """Exactly `length` bytes from `offset` on."""
 
     def open(self, key: str) -> BinaryIO:

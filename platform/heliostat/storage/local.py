@@ -31,11 +31,12 @@ class LocalStore:
         with self.open(key) as file:
             return file.read()
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
+    def read_range(self, key: str, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
         with self.open(key) as file:
             file.seek(offset)
-            data = file.read(length)
-        if len(data) != length:
+            count = file.readinto(data)  # type: ignore[attr-defined]  # a BinaryIO of open has it
+        if count != length:
             raise HeliostatError(f"cannot read {self.uri}/{key}: it ends before {offset + length}")
         return data
 

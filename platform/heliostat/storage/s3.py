@@ -206,8 +206,12 @@ class S3Store:
     def read(self, key: str) -> bytes:
         return b"".join(self._chunks(key))
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
-        return b"".join(self._chunks(key, offset, offset + length)) if length else b""
+    def read_range(self, key: str, offset: int, length: int) -> bytearray:
+        data, end = bytearray(length), 0
+        for chunk in self._chunks(key, offset, offset + length) if length else ():
+            data[end : end + len(chunk)] = chunk
+            end += len(chunk)
+        return data
 
     def open(self, key: str) -> BinaryIO:
         stream = io.BufferedReader(_Stream(self._chunks(key)), CHUNK_BYTES)

@@ -58,7 +58,7 @@ def _measure(network: nn.Module, task: Task, signature: Signature, train: TrainS
         with log.follower:
             optimizer.zero_grad(set_to_none=True)
             _accumulate(network, task, signature, train, rows)
-            loop.clip(network, train.clip_norm)
+            loop.clip(network.parameters(), train.clip_norm)
             optimizer.step()
         log.sort()
         return log

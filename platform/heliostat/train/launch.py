@@ -180,15 +180,15 @@ def _run_workers(
 ) -> int | None:
     """The bytes read from the bucket until the end of the run; None if its turn was over before."""
     store.delete(failure_key(job.run))
-    reader = ray.remote(stream.ChunkReader).options(num_cpus=0, max_restarts=-1, name=job.reader)
-    actor = reader.remote(store, manifest, "train", order, job.steps, job.spec.train.cache_share)
-    # The rows of the first step are on their way while the workers start.
-    actor.chunk.remote(order.locate(_reached(store, job))[0])
+    read = (store, manifest, "train", order, job.steps, job.spec.train.cache_share)
     try:
-        with turn.follow(job):
-            _fit_until_stopped(job, turn)
-        read_bytes: int = ray.get(actor.read_bytes.remote())
-        return read_bytes
+        with stream.start_reader(*read, max_restarts=-1, name=job.reader) as reader:
+            # The rows of the first step are on their way while the workers start.
+            reader.chunk.remote(order.locate(_reached(store, job))[0])
+            with turn.follow(job):
+                _fit_until_stopped(job, turn)
+            read_bytes: int = ray.get(reader.read_bytes.remote())
+            return read_bytes
     except ray.train.TrainingFailedError as error:
         if turn.is_over and store.stat(failure_key(job.run)) is None:
             return None
@@ -198,8 +198,6 @@ def _run_workers(
             f"Ray's controller of run {job.run} died: submit the job again to go on from the last "
             "checkpoint"
         ) from error
-    finally:
-        ray.kill(actor)
 
 
 def _reached(store: Store, job: Job) -> int:

@@ -16,7 +16,7 @@ from heliostat.errors import HeliostatError
 from heliostat.models import Task
 from heliostat.models.dropout import Dropout, find_dropouts, key_samples, mix
 from heliostat.train.optim import set_rate
-from heliostat.train.parallel import Autocast, synced
+from heliostat.train.parallel import Autocast, backward, synced
 
 Keyed = Callable[[slice], AbstractContextManager[None]]
 
@@ -103,16 +103,18 @@ def fit(
         HeliostatError: the loss or the gradient is NaN or infinite; the optimiser has not stepped.
     """
     dropouts = find_dropouts(model)
+    trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     began = time.perf_counter()
     for step, batch in enumerate(batches, start=first_step + 1):
         received = time.perf_counter()
-        model.train()
+        if not model.training:  # costs a small network a fiftieth of its step
+            model.train()
         set_rate(optimizer, rate := recipe.rate(step))
         optimizer.zero_grad(set_to_none=True)
         keyed = key(dropouts, recipe.seed, step, batch)
         collect = _accumulate(model, task, batch, recipe, keyed, ranks)
         recipe.scaler.unscale_(optimizer)
-        grad_norm = float(clip(model, recipe.clip_norm))
+        grad_norm = float(clip(trained, recipe.clip_norm))
         totals, votes = collect()
         means = {name: total / (batch.weight * task.units) for name, total in totals.items()}
         _check(step, means["loss"], grad_norm, recipe)
@@ -187,18 +189,16 @@ def _accumulate(
                 outputs = model(*(tensor[rows] for tensor in batch.inputs))
                 measured = measure(task, outputs, batch.targets[rows])
             sums.append({name: total.detach() for name, total in measured.items()})
+            loss = recipe.scaler.scale(measured["loss"] * scale)
             if last:
                 totals = torch.stack([sum(parts).double() for parts in _columns(sums)])
                 totals = torch.cat([totals, totals.new_tensor(recipe.ask())])
-                work = (
-                    distributed.all_reduce(totals, async_op=True) if ranks.world_size > 1 else None
-                )
-            torch.autograd.backward(recipe.scaler.scale(measured["loss"] * scale))
+                receive = backward(model, loss, totals, ranks.world_size)
+            else:
+                torch.autograd.backward(loss)
 
     def collect() -> tuple[dict[str, float], tuple[float, ...]]:
-        if work is not None:
-            work.wait()
-        values = totals.tolist()
+        values = receive()
         return dict(zip(sums[0], values, strict=False)), tuple(values[len(sums[0]) :])
 
     return collect
@@ -223,9 +223,9 @@ def key(dropouts: Sequence[Dropout], seed: int, step: int, batch: Batch) -> Keye
     return lambda rows: key_samples(dropouts, keys[rows])
 
 
-def clip(model: nn.Module, most: float | None) -> Tensor:
+def clip(trained: Iterable[Tensor], most: float | None) -> Tensor:
     """The norm of the gradient before it was clipped to `most`."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = [p for p in trained if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if most is not None:

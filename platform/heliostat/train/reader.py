@@ -208,7 +208,7 @@ def _is_next(group: list[_Bytes], part: _Bytes) -> bool:
     return adjacent and part.span.offset + part.span.size - begin <= READ_BYTES
 
 
-def _read_verified(store: Store, key: str, adjacent: list[_Bytes]) -> bytes:
+def _read_verified(store: Store, key: str, adjacent: list[_Bytes]) -> bytearray:
     """What is damaged is read once more: a network may garble what the bucket keeps well."""
     data = _read_range(store, key, adjacent)
     if _find_damaged(data, adjacent) is None:
@@ -219,7 +219,7 @@ def _read_verified(store: Store, key: str, adjacent: list[_Bytes]) -> bytes:
     return data
 
 
-def _find_damaged(data: bytes, adjacent: list[_Bytes]) -> _Bytes | None:
+def _find_damaged(data: bytearray, adjacent: list[_Bytes]) -> _Bytes | None:
     whole = memoryview(data)
     for part in adjacent:
         if hash_bytes(_cut(whole, adjacent, part)) != part.span.sha256:
@@ -232,7 +232,7 @@ def _cut(data: memoryview, adjacent: list[_Bytes], part: _Bytes) -> memoryview:
     return data[start : start + part.span.size]
 
 
-def _read_range(store: Store, key: str, adjacent: list[_Bytes]) -> bytes:
+def _read_range(store: Store, key: str, adjacent: list[_Bytes]) -> bytearray:
     file, begin, last = adjacent[0].file, adjacent[0].span.offset, adjacent[-1].span
     try:
         return store.read_range(f"{key}/{file}", begin, last.offset + last.size - begin)
