@@ -67,6 +67,7 @@ TUNED = (
     Setting("RAY_JOB_STOP_WAIT_TIME_S", "30", "a stopped job may finish its checkpoint, not 3 s"),
     Setting("RAY_JOB_START_TIMEOUT_SECONDS", "120", "a job that cannot begin fails in 2 minutes"),
     Setting("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30", "not 3 minutes for a dead reader"),
+    Setting("RAY_worker_niceness", "5", "with 15 any idle daemon holds up a step: 5 % in all"),
     Setting("RAY_health_check_initial_delay_ms", "5000", "a node is watched once it is up"),
     Setting("RAY_health_check_period_ms", "1000", "a dead node is found after 3 refused checks"),
     Setting("RAY_health_check_timeout_ms", "5000", "a busy node of two cores is not a dead one"),

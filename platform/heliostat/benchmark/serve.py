@@ -32,7 +32,7 @@ PEERS = Path(os.environ.get("HELIOSTAT_WEB_PEERS", "/tmp/heliostat-web-peers"))
 SCRIPTS = Path(fastapi_server.__file__).parent
 CONNECTIONS, ROUND_SECONDS, WARM_SECONDS = 64, 3, 1
 REPLICAS = fastapi_server.PROCESSES
-NICENESS = 15  # as Ray starts replicas, beside whatever else runs on the machine
+NICENESS = 5  # as Ray starts replicas, beside whatever else runs on the machine
 ATOL = 1e-5
 # Limits that are counted and never reached.
 LIMITS = Limits(requests_per_second=1e6, tokens_per_minute=1e9, rows_per_month=10**12)
