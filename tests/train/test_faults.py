@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from datasets import store_images
+from faultproxy import Exchange, Fault, FaultProxy, Request
 from heliostat import spec, storage
 from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError
@@ -287,7 +289,7 @@ def test_a_notice_is_answered_with_a_checkpoint_and_loses_nothing(
 
 
 @pytest.mark.faults
-def test_a_notice_that_comes_too_late_costs_the_steps_since_the_last_checkpoint(
+def test_a_notice_shorter_than_the_upload_leaves_the_older_checkpoint_the_newest(
     store: Store,
     manifest: Manifest,
     calm: NDArray[np.float32],
@@ -296,20 +298,37 @@ def test_a_notice_that_comes_too_late_costs_the_steps_since_the_last_checkpoint(
     join_node: Callable[..., str],
     cluster: Cluster,
 ) -> None:
-    cpus, marker, joined = double_the_cluster(join_node, wait_until)
+    drained, held = threading.Event(), threading.Event()
+
+    def hold(exchange: Exchange) -> None:
+        held.set()
+        exchange.wait_until_client_leaves()
+
+    def plan(request: Request) -> Fault | None:
+        upload = request.operation in ("PUT", "PART") and "/late/checkpoints/" in request.target
+        return hold if upload and drained.is_set() else None
+
     journal = tmp_path / "journal"
-    section = {"workers": [1, 2], "cpus_per_worker": cpus - 1}
-    run = make_run(store, journal, {"act": "pause", "step": 120}, run="late", **section)
-    with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(train, run, manifest)
-        wait_for_pause(journal, 2, pending, wait_until)
-        drain(cluster, joined, seconds=1)
-        processes.end(marker, grace_seconds=0)
-        passes = count_passes(journal)
-        (journal / "go").touch()
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, ThreadPoolExecutor(1) as thread:
+        proxy.start()
+        proxy.inject(plan)
+        cpus, marker, joined = double_the_cluster(join_node, wait_until, AWS_ENDPOINT_URL=proxy.url)
+        section = {"workers": [1, 2], "cpus_per_worker": cpus - 1}
+        run = make_run(store, journal, {"act": "pause", "step": 120}, run="late", **section)
+        with let_go(journal):
+            pending = thread.submit(train, run, manifest)
+            wait_for_pause(journal, 2, pending, wait_until)
+            drained.set()
+            drain(cluster, joined, seconds=2)
+            (journal / "go").touch()
+            wait_until(lambda: held.is_set() or pending.done(), 60)
+            assert held.is_set()
+            newest, before, *_ = checkpoint.find(store, "late")
+            assert (newest.committed, before.committed) == (False, True)
+            processes.end(marker, grace_seconds=0)
         result = pending.result()
     assert result.step == 300
-    assert count_passes(journal) - passes <= 300 - 50
+    assert read_lives(journal)[-1] == (300 - before.step, 1)
     np.testing.assert_allclose(weights(result), calm, atol=1e-6)
 
 
