@@ -292,6 +292,16 @@ def test_a_part_that_is_gone_is_done_again(planned: tuple[Plan, Any]) -> None:
     assert work(plan, source) == pieces
 
 
+@pytest.mark.parametrize("left", [0, 10])
+def test_a_part_whose_record_is_damaged_is_done_again(planned: tuple[Plan, Any], left: int) -> None:
+    plan, source = planned
+    pieces = work(plan, source)
+    record = f"{plan.prefix}/part-00001.json"
+    plan.store.write(record, plan.store.read(record)[:left])
+    assert set(find_done(plan)) == {0, 2}
+    assert work(plan, source) == pieces
+
+
 def test_other_objects_go_to_another_place(planned: tuple[Plan, Any], tmp_path: Path) -> None:
     plan, source = planned
     put(tmp_path / "raw", {"a.csv": b"job,age\ncook,1\n"})

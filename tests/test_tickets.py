@@ -133,3 +133,17 @@ def test_who_looks_and_finds_nothing_new_writes_nothing(store: Store) -> None:
     assert first.look(measure) == second.look(measure) == Run(4)
     assert isinstance(third.look(measure), Wait)
     assert list(store.list("queue/")) == before
+
+
+@pytest.mark.parametrize("left", [0, 1, 40])
+def test_a_damaged_board_is_stood_on_again_in_the_order_of_arrival(store: Store, left: int) -> None:
+    runs, waits = stand(store, make("runs", 8)), stand(store, make("waits", 8))
+    assert runs.look(measure) == Run(8)
+    assert isinstance(waits.look(measure), Wait)
+    key = f"queue/{CLUSTER}/board.json"
+    store.write(key, store.read(key)[:left])
+    assert runs.look(measure) == Run(8)
+    assert isinstance(waits.look(measure), Wait)
+    assert isinstance(stand(store, make("late", 8)).look(measure), Wait)
+    runs.leave()
+    assert waits.look(measure) == Run(8)

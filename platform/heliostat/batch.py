@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from heliostat.evaluate import Predictor, load_predictor, predict
 from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, SplitSpec, digest, parse, reference
 from heliostat.storage import Store, connect
+from heliostat.storage.documents import Damaged, read_document
 
 FORMAT = 1
 SUITED = {
@@ -165,14 +167,16 @@ def list_units(source: Source) -> list[Unit]:
 
 
 def find_done(plan: Plan) -> dict[int, Piece]:
-    """The pieces whose record is there, and their predictions with it."""
+    """The pieces whose record is there and whole, and their predictions with it."""
     entries = {entry.key: entry.size for entry in plan.store.list(f"{plan.prefix}/")}
-    found = [
-        Piece(**json.loads(plan.store.read(key)))
-        for key in entries
-        if key.startswith(f"{plan.prefix}/part-") and key.endswith(".json")
-    ]
-    return {piece.number: piece for piece in found if entries.get(piece.key) == piece.bytes}
+    done = {}
+    for key in entries:
+        if key.startswith(f"{plan.prefix}/part-") and key.endswith(".json"):
+            with suppress(Damaged):
+                piece = read_document(plan.store, key, Piece)
+                if entries.get(piece.key) == piece.bytes:
+                    done[piece.number] = piece
+    return done
 
 
 def predict_unit(plan: Plan, predictor: Predictor, number: int, unit: Unit) -> Piece:

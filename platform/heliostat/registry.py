@@ -17,6 +17,7 @@ import safetensors
 from heliostat.errors import HeliostatError
 from heliostat.spec import NAME_PATTERN, NAME_RULE, check_name
 from heliostat.storage import Conflict, Missing, Store
+from heliostat.storage.documents import read_document
 
 NAME, NUMBER = NAME_PATTERN.pattern, "[1-9][0-9]{0,8}"
 VERSION_KEY = re.compile(rf"models/({NAME})/versions/({NUMBER})\.json")
@@ -266,8 +267,9 @@ def record_evaluation(
 
 
 def list_evaluations(store: Store, version: Version) -> list[Evaluation]:
+    """Raises HeliostatError: a record is damaged; evaluating again writes it anew."""
     entries = store.list(_evaluations_prefix(version))
-    return [Evaluation(**json.loads(store.read(entry.key))) for entry in entries]
+    return [read_document(store, entry.key, Evaluation) for entry in entries]
 
 
 def trace(store: Store, ref: str) -> Lineage:

@@ -8,14 +8,14 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from heliostat.errors import HeliostatError
-from heliostat.queue import Amount, Decision, Room, Run, Ticket, Wait, decide
-from heliostat.storage import Conflict, Store
+from heliostat.queue import Decision, Room, Run, Ticket, Wait, decide
+from heliostat.storage import Conflict, Missing, Store
+from heliostat.storage.documents import Damaged, read_document
 
 TOP = "queue"
 RENEW_SECONDS = 4.0
@@ -112,8 +112,8 @@ class Stand:
             return board
         if self.ticket.arrival < 0:
             self.ticket = replace(self.ticket, arrival=board.arrivals)
-            board = replace(board, arrivals=board.arrivals + 1)
-        return board.put(self.ticket)
+        arrivals = max(board.arrivals, self.ticket.arrival + 1)
+        return replace(board, arrivals=arrivals).put(self.ticket)
 
     def _update(self, board: Board, workers: int) -> Board:
         self.ticket = replace(self.ticket, held=workers)
@@ -146,7 +146,7 @@ class Stand:
         pause_seconds = FIRST_PAUSE_SECONDS
         while True:
             entry = self._store.stat(key)
-            before = _decode(self._store.read(key)) if entry else Board()
+            before = read_board(self._store, self._cluster) if entry else Board()
             mine = self.ticket
             after = change(before)
             if after == before:
@@ -163,8 +163,11 @@ class Stand:
 
 
 def read_board(store: Store, cluster: str) -> Board:
-    entry = store.stat(_board_key(cluster))
-    return _decode(store.read(entry.key)) if entry else Board()
+    """Empty where there is none or it is damaged: who runs or waits comes back at its next look."""
+    try:
+        return read_document(store, _board_key(cluster), Board)
+    except (Missing, Damaged):
+        return Board()
 
 
 def keep_alive(stand: Stand, say: Callable[[str], None] = print) -> Callable[[], None]:
@@ -192,18 +195,6 @@ def _encode(board: Board) -> bytes:
     ordered = sorted(board.tickets, key=lambda one: one.arrival)
     document = {"arrivals": board.arrivals, "tickets": [asdict(one) for one in ordered]}
     return json.dumps(document).encode()
-
-
-def _decode(data: bytes) -> Board:
-    document = json.loads(data)
-    return Board(_read_tickets(document["tickets"]), document["arrivals"])
-
-
-def _read_tickets(documents: Sequence[dict[str, Any]]) -> tuple[Ticket, ...]:
-    return tuple(
-        Ticket(**{**one, "worker": Amount(**one["worker"]), "beside": Amount(**one["beside"])})
-        for one in documents
-    )
 
 
 def _board_key(cluster: str) -> str:

@@ -202,6 +202,28 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(store: Store
     np.testing.assert_array_equal(weights(again), weights(first))
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("left", [0.0, 0.5], ids=["empty", "cut"])
+def test_a_run_goes_on_from_its_checkpoints_whatever_became_of_all_else(
+    store: Store, left: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = make_data(store)
+    run = make_run(store, run="torn", checkpoint_steps=5)
+    first = train(run, manifest)
+    checkpoint.discard(store, checkpoint.committed(store, "torn")[0])
+    beside = [one for one in store.list("runs/torn/") if "/checkpoints/" not in one.key]
+    for entry in beside:
+        store.write(entry.key, store.read(entry.key)[: int(entry.size * left)])
+    with pytest.raises(HeliostatError, match=r"run torn was .*\(train\.epochs: 4 -> 5\)"):
+        train(make_run(store, run="torn", checkpoint_steps=5, epochs=5), manifest)
+    again = train(run, manifest)
+    found = checkpoint.find(store, "torn")
+    assert [(one.step, one.fence) for one in found] == [(first.step, 2), (first.step - 5, 1)]
+    assert "run.json is damaged" in capfd.readouterr().out
+    assert {entry.key.split("/")[2] for entry in beside} >= {"run.json", "lease.json", "fence"}
+    np.testing.assert_array_equal(weights(again), weights(first))
+
+
 def flip(data: bytes) -> bytes:
     return data[:40] + bytes([data[40] ^ 1]) + data[41:]
 

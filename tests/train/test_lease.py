@@ -8,7 +8,7 @@ import pytest
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Conflict, LocalStore, Store
-from heliostat.train import lease
+from heliostat.train import checkpoint, lease
 from heliostat.train.lease import LOOKS, Lease
 
 RUN = "digits-1"
@@ -102,3 +102,27 @@ def test_only_the_last_of_many_writers_passes_the_fence(store: Store) -> None:
     for fence in fences[:-1]:
         with pytest.raises(HeliostatError, match="commits nothing"):
             fence.check()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"3", b'{"host": "a"'])
+def test_whoever_holds_a_damaged_lease_is_waited_for_like_the_dead(
+    store: Store, damaged: bytes
+) -> None:
+    take(store)
+    store.write(f"runs/{RUN}/lease.json", damaged)
+    waits: list[float] = []
+    said: list[str] = []
+    lease.acquire(store, RUN, wait=waits.append, say=said.append).renew()
+    assert sum(waits) >= 3 * lease.RENEW_SECONDS
+    assert "whose lease is damaged" in said[0]
+
+
+def test_a_damaged_fence_is_raised_above_all_that_left_checkpoints(store: Store) -> None:
+    older = [lease.raise_fence(store, RUN) for _ in range(3)]
+    store.write(f"{checkpoint.make_key(RUN, 10, older[-1].number)}/COMMITTED", b"")
+    store.write(f"runs/{RUN}/fence", b"")
+    older[-1].check()
+    newer = lease.raise_fence(store, RUN)
+    assert newer.number == 4
+    with pytest.raises(HeliostatError, match="commits nothing"):
+        older[-1].check()

@@ -1,7 +1,6 @@
 """A run and its plan: made beside the start of the run, kept with what the run then took."""
 
 import _thread
-import json
 import os
 import pickle
 import subprocess
@@ -18,9 +17,10 @@ from heliostat.plan import calibration
 from heliostat.plan.calibration import Record, Taken, name_hardware
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
+from heliostat.storage.documents import read_document
 from heliostat.train import forecast
 from heliostat.train.forecast import Forecast, Question
-from heliostat.train.job import result_key
+from heliostat.train.job import Ended, result_key
 from heliostat.train.site import find_machine
 
 PROGRAM = [sys.executable, "-m", forecast.__name__]
@@ -66,20 +66,20 @@ class Ahead:
     def keep(self, run: str, read_bytes: int) -> None:
         """Store what was planned together with what the finished run took."""
         self._thread.join()
-        result = json.loads(self._store.read(result_key(run)))
-        if not self._forecast or not self._forecast.planned or not result.get("step_seconds"):
+        ended = read_document(self._store, result_key(run), Ended)
+        if not self._forecast or not self._forecast.planned or not ended.step_seconds:
             return
-        entries = self._store.list(f"{result['checkpoint']}/") if result["checkpoint"] else ()
+        entries = self._store.list(f"{ended.checkpoint}/") if ended.checkpoint else ()
         measured = Taken(
-            result["memory_bytes"],
-            result["step_seconds"],
+            ended.memory_bytes,
+            ended.step_seconds,
             sum(entry.size for entry in entries),
-            read_bytes / result["step"],
-            result["hours"],
+            read_bytes / ended.step,
+            ended.hours,
         )
         calibration.keep(
             self._store,
-            Record(run, self._hardware, result["step"], self._forecast.planned, measured),
+            Record(run, self._hardware, ended.step, self._forecast.planned, measured),
         )
 
     def end(self) -> None:

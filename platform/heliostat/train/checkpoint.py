@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store
+from heliostat.storage.documents import Damaged, read_document
 from heliostat.train.span import Span, hash_bytes
 
 Best = Literal["lower", "higher"]
@@ -83,6 +84,11 @@ class Found:
     committed: bool
     metric: float | None = None
     scored: bool = False
+
+    @property
+    def fence(self) -> int:
+        """The number of its writer."""
+        return int(self.key.rpartition("/")[2].split("-")[1])
 
     @property
     def awaits_score(self) -> bool:
@@ -246,10 +252,9 @@ def _metric(store: Store, found: Found) -> float | None:
         return None
     try:
         if found.scored:
-            metric: float = json.loads(_read(store, f"{found.key}/{_SCORE}"))["metric"]
-            return metric
+            return read_document(store, f"{found.key}/{_SCORE}", dict[str, float]).get("metric")
         return read_manifest(store, found.key).metric
-    except Corrupt:
+    except (Corrupt, Missing, Damaged):
         return None
 
 

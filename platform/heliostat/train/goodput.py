@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from heliostat.storage import Store
+from heliostat.storage.documents import Damaged, read_document
 from heliostat.train.loop import StepReport
 
 PRODUCTIVE, DATA, CHECKPOINT, VALIDATION = "productive", "data", "checkpoint", "validation"
@@ -216,8 +217,12 @@ def record(store: Store, run: str, attempt: Attempt) -> None:
 
 
 def load_attempts(store: Store, run: str) -> list[Attempt]:
-    """What was recorded of `run`, the oldest attempt first."""
-    return [Attempt(**json.loads(store.read(entry.key))) for entry in store.list(_prefix(run))]
+    """What was recorded of `run`, the oldest attempt first; without records that are damaged."""
+    attempts = []
+    for entry in store.list(_prefix(run)):
+        with contextlib.suppress(Damaged):
+            attempts.append(read_document(store, entry.key, Attempt))
+    return attempts
 
 
 def _prefix(run: str) -> str:

@@ -22,6 +22,24 @@ class Job:
         return f"{self.run}-{self.submission}"
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What a run leaves at its end, as JSON; `checkpoint` is the one to take the weights from.
+
+    `reason` is why it stopped before its last step; `memory_bytes`, at the peak, and `step_seconds`
+    are of the first worker.
+    """
+
+    step: int
+    reason: str | None
+    checkpoint: str | None
+    parameters: int
+    metrics: dict[str, float]
+    memory_bytes: int
+    step_seconds: float
+    hours: float
+
+
 class Preempted(Exception):
     """The run is saved up to this step, because a node of its workers will be taken away, or
     others need their room."""

@@ -1,7 +1,6 @@
 """A run from its driver: workers of Ray Train that get their rows from Ray Data."""
 
 import contextlib
-import json
 import os
 import secrets
 import threading
@@ -14,7 +13,7 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 
-from heliostat import pools, spec, storage
+from heliostat import pools, storage
 from heliostat.data import stream
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
@@ -23,15 +22,16 @@ from heliostat.environment import TRAIN, check_cpus
 from heliostat.errors import HeliostatError
 from heliostat.queue import Amount
 from heliostat.spec import RunSpec
-from heliostat.spec.difference import refuse_changes
-from heliostat.storage import Conflict, Store
+from heliostat.storage import Missing, Store
+from heliostat.storage.documents import Damaged, read_document
 from heliostat.train import checkpoint, lease, scoring
 from heliostat.train.ahead import look_ahead
 from heliostat.train.allotment import allot, find_allotment, forget
 from heliostat.train.avoided import select_others, sum_resources
 from heliostat.train.checkpoint import Corrupt
 from heliostat.train.failures import Failures
-from heliostat.train.job import Job, failure_key, result_key
+from heliostat.train.identity import identify, register
+from heliostat.train.job import Ended, Job, failure_key, result_key
 from heliostat.train.scoring import Scorer
 from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
 from heliostat.train.turn import Turn, line_up, list_largest
@@ -40,25 +40,6 @@ RESIZE_SECONDS = 30.0
 # Of the 30 s that a job is given to end (RAY_JOB_STOP_WAIT_TIME_S).
 SAVE_SECONDS = 25.0
 MAX_WORDS = 300
-
-# What may change between two tries of the same run.
-_NOT_IDENTITY = {
-    "run",
-    "force",
-    "workers",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "micro_batch",
-    "strategy",
-    "recompute",
-    "compile",
-    "max_failures",
-    "hang_seconds",
-    "cache_share",
-    "keep_checkpoints",
-    "preflight",
-    "avoid_nodes",
-}
 
 
 @dataclass(frozen=True)
@@ -69,13 +50,6 @@ class Result:
     step: int
     metrics: dict[str, float]
     weights: bytes
-
-
-def identify(run: RunSpec, manifest: Manifest) -> str:
-    """The run's name: the same model, data and training section resume the same run."""
-    if run.train.run:
-        return run.train.run
-    return f"{run.name}-{spec.digest(_describe(run, manifest))[:12]}"
 
 
 def count_steps(run: RunSpec, order: Order) -> int:
@@ -94,7 +68,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
     name = identify(run, manifest)
     order = stream.plan(manifest, "train", run.train.global_batch, run.train.seed)
     steps = count_steps(run, order)
-    _register(store, name, _describe(run, manifest), run.train.force)
+    register(store, name, run, manifest)
     ray.init(ignore_reinit_error=True)
     submission = ray.get_runtime_context().get_job_id()
     with lease.hold(store, name, job=submission):
@@ -266,37 +240,13 @@ def _work(config: dict[str, Any]) -> None:
     work(config["job"])
 
 
-def _describe(run: RunSpec, manifest: Manifest) -> dict[str, Any]:
-    """What makes a run this run and no other."""
-    return {
-        "data": f"{manifest.name}@{manifest.version}",
-        "model": run.model.model_dump(mode="json"),
-        "train": run.train.model_dump(mode="json", exclude=_NOT_IDENTITY),
-    }
-
-
-def _register(store: Store, name: str, described: dict[str, Any], force: bool) -> None:
-    """Write down what the run is, once; with `force` anew if it is changed.
-
-    Raises:
-        HeliostatError: a run of this name is another one; names the keys that differ.
-    """
-    key = f"runs/{name}/run.json"
-    try:
-        store.create(key, json.dumps(described, indent=1).encode())
-    except Conflict:
-        if force:
-            store.write(key, json.dumps(described, indent=1).encode())
-            return
-        refuse_changes(name, json.loads(store.read(key)), described)
-
-
 def _finished(store: Store, name: str, steps: int, scorer: Scorer | None) -> Result | None:
     """What the run left, if it has ended and was not asked for more steps since."""
-    if store.stat(result_key(name)) is None:
+    try:
+        ended = read_document(store, result_key(name), Ended)
+    except (Missing, Damaged):  # its newest checkpoint has all that it takes to end once more
         return None
-    document = json.loads(store.read(result_key(name)))
-    if document["step"] < steps and not document["reason"]:
+    if ended.step < steps and not ended.reason:
         return None
     # PyTorch takes seconds to import, and before the first step the driver does not need it.
     import safetensors.torch
@@ -305,11 +255,11 @@ def _finished(store: Store, name: str, steps: int, scorer: Scorer | None) -> Res
 
     best = scorer.find_best() if scorer else None
     try:
-        weights = read_weights(store, best or document["checkpoint"])
+        weights = read_weights(store, best or ended.checkpoint or "")
     except Corrupt:
         return None
     data = safetensors.torch.save(weights.tensors)
-    return Result(name, document["step"], document["metrics"], data)
+    return Result(name, ended.step, ended.metrics, data)
 
 
 def _failure(store: Store, name: str, error: Exception | None = None) -> str:

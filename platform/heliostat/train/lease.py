@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Conflict, Store
+from heliostat.storage.documents import Damaged, read_document
+from heliostat.train import checkpoint
 
 RENEW_SECONDS = 4.0
 LOOK_SECONDS = 1.0
@@ -33,7 +35,12 @@ class Owner:
     released: bool = False
 
     def __str__(self) -> str:
+        if not self.pid:
+            return "a writer whose lease is damaged"
         return f"pid {self.pid} on host {self.host}" + (f" (job {self.job})" if self.job else "")
+
+
+UNKNOWN = Owner("", 0, "", "")
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ class Fence:
 
     def check(self) -> None:
         """Raises HeliostatError if another writer has followed this one."""
-        if (newest := int(self.store.read(_fence_key(self.run)))) != self.number:
+        if (newest := _read_fence(self.store, self.run)) != self.number:
             raise HeliostatError(
                 f"run {self.run} has a later writer (number {newest}, this is {self.number}): "
                 "this one commits nothing any more"
@@ -155,7 +162,7 @@ def raise_fence(store: Store, run: str) -> Fence:
     """A new writer's fence. Rank 0 calls it before it looks for a checkpoint to go on from."""
     while True:
         entry = store.stat(_fence_key(run))
-        number = int(store.read(_fence_key(run))) + 1 if entry else 1
+        number = _read_fence(store, run) + 1 if entry else 1
         data = str(number).encode()
         with contextlib.suppress(Conflict):
             if entry:
@@ -165,12 +172,26 @@ def raise_fence(store: Store, run: str) -> Fence:
             return Fence(store, run, number)
 
 
+def _read_fence(store: Store, run: str) -> int:
+    """The highest number of a writer; if it is damaged, of those that checkpoints are named by."""
+    try:
+        return int(store.read(_fence_key(run)))
+    except ValueError:
+        return max((found.fence for found in checkpoint.find(store, run)), default=0)
+
+
 def _look(store: Store, run: str) -> tuple[str, Owner]:
-    """The etag of the lease and who holds it; a lease that never was counts as given back."""
+    """The etag of the lease and who holds it; a lease that never was counts as given back.
+
+    Whoever holds a damaged one is not known, and may live.
+    """
     entry = store.stat(_lease_key(run))
     if entry is None:
-        return "", Owner("", 0, "", "", released=True)
-    return entry.etag, Owner(**json.loads(store.read(_lease_key(run))))
+        return "", replace(UNKNOWN, released=True)
+    try:
+        return entry.etag, read_document(store, _lease_key(run), Owner)
+    except Damaged:
+        return entry.etag, UNKNOWN
 
 
 def _take(store: Store, run: str, owner: Owner, etag: str) -> Lease:

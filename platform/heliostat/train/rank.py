@@ -5,7 +5,7 @@ import faulthandler
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,8 @@ from heliostat.train.cadence import Cadence
 from heliostat.train.checkpoint import Best, Retention
 from heliostat.train.ema import Average
 from heliostat.train.goodput import CHECKPOINT, VALIDATION, Ledger
-from heliostat.train.job import Job, Preempted, result_key
+from heliostat.train.identity import to_extra
+from heliostat.train.job import Ended, Job, Preempted, result_key
 from heliostat.train.lease import raise_fence
 from heliostat.train.micro_batch import fit_micro_batch
 from heliostat.train.optim import build_optimizer, rate_at
@@ -121,6 +122,7 @@ class _Worker:
         )
         fence = raise_fence(self._store, job.run) if self._is_first else None
         earlier = goodput.load_attempts(self._store, job.run) if self._is_first else []
+        self._described = to_extra(job.spec, self._manifest)
         self._ledger = Ledger(job.submission, earlier, place.waited)
         self._cadence = Cadence(self._train.checkpoint_steps, earlier)
         self._parallel, self._state, self._average = self._build()
@@ -337,7 +339,7 @@ class _Worker:
         """Begin a checkpoint; with `wait` it is committed when this returns."""
         self._alive()
         self._position.scaler = self._parallel.scaler.state_dict()
-        extra = self._position.to_json(
+        position = self._position.to_json(
             self._manifest, self._train.seed, self._order.steps_per_epoch
         )
         metric = find_metric(self._train, scores) if scores else None
@@ -345,7 +347,7 @@ class _Worker:
         with self._ledger.spend(CHECKPOINT):
             if self._progress:
                 self._progress.record(wait)
-            self._writer.begin(self._position.step, self._state, extra, metric)
+            self._writer.begin(self._position.step, self._state, position | self._described, metric)
             if wait:
                 self._writer.finish()
         before = self._writer.saved
@@ -361,17 +363,17 @@ class _Worker:
             print(f"stopped at step {self._position.step:,}: {reason}", flush=True)
         best = checkpoint.find_best(self._store, self._job.run, self._best)
         saved = self._writer.saved
-        result = {
-            "step": self._position.step,
-            "reason": reason,
-            "checkpoint": best or (saved.key if saved else None),
-            "parameters": count_parameters(self._state.model),
-            "metrics": self._progress.metrics,
-            "memory_bytes": measure_memory(self._place.device),
-            "step_seconds": self._ledger.step_seconds,
-            "hours": self._ledger.total.wall_seconds / 3600,
-        }
-        self._store.write(result_key(self._job.run), json.dumps(result).encode())
+        ended = Ended(
+            self._position.step,
+            reason,
+            best or (saved.key if saved else None),
+            count_parameters(self._state.model),
+            self._progress.metrics,
+            measure_memory(self._place.device),
+            self._ledger.step_seconds,
+            self._ledger.total.wall_seconds / 3600,
+        )
+        self._store.write(result_key(self._job.run), json.dumps(asdict(ended)).encode())
 
     def _to_batch(self, share: stream.Share) -> loop.Batch:
         columns, device = dict(share.columns), self._place.device
