@@ -87,6 +87,9 @@ def test_a_record_that_cannot_be_read_does_not_count(tmp_path: Path) -> None:
     keep(store, record("a", 1.0))
     store.write("calibration/l4/b.json", b'{"run": "b"}')
     store.write("calibration/l4/c.json", b"\xff")
+    whole = store.read("calibration/l4/a.json")
+    for index, data in enumerate([b"null", b"3", b"[]", whole[:-9], whole.replace(b"100", b'"x"')]):
+        store.write(f"calibration/l4/{index}.json", data)
     assert load(store, "L4") == [record("a", 1.0)]
 
 

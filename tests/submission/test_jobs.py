@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_actors
 
 from heliostat.local import Cluster
 from heliostat.submission.jobs import Jobs
@@ -135,6 +137,33 @@ def test_a_job_that_waits_for_room_is_pending_with_its_reason(
     finally:
         run(folder, "stop", first)
         run(folder, "stop", second)
+
+
+@pytest.mark.faults
+def test_a_program_that_never_gets_its_place_fails_in_time_and_leaves_nothing(
+    folder: Path, name: str, wait_until: Wait
+) -> None:
+    """Sent by Ray's own client, which does not ask what the nodes have."""
+    client = JobSubmissionClient()
+    client.submit_job(
+        entrypoint="true", submission_id=name, entrypoint_resources={"nobody-has-this": 1}
+    )
+    wait_until(lambda: "nobody-has-this" in run(folder, "why", name).stdout, 60)
+    wait_until(lambda: client.get_job_status(name) == JobStatus.FAILED, 180)
+    assert "120 seconds" in client.get_job_info(name).message
+    assert "it has ended: FAILED" in run(folder, "why", name).stdout
+    wait_until(lambda: find_supervisors(name) <= {"DEAD"}, 60)
+
+
+def find_supervisors(name: str) -> set[str]:
+    """The states of the actors that watch over the job."""
+    actors = list_actors(
+        filters=[("class_name", "=", "JobSupervisor")],
+        detail=True,
+        limit=1000,
+        raise_on_missing_output=False,
+    )
+    return {actor.state for actor in actors if name in actor.name}
 
 
 @pytest.mark.faults

@@ -376,6 +376,19 @@ def test_retention_deletes_older_steps_and_leftovers_but_not_the_best(
     assert left_of(store) == set(checkpoint.committed(store, RUN))
 
 
+def test_a_score_that_cannot_be_read_is_asked_for_again(root: str, state: State) -> None:
+    store = connect(root)
+    writer = Writer(store, RUN, Retention(keep=1, best="lower", scored_later=True))
+    writer.begin(1, state, {})
+    writer.finish()
+    (key,) = checkpoint.committed(store, RUN)
+    checkpoint.record_score(store, key, 0.5)
+    assert checkpoint.find_best(store, RUN, "lower") == key
+    store.write(f"{key}/score.json", b'{"metr')
+    assert checkpoint.find_best(store, RUN, "lower") is None
+    assert [one.awaits_score for one in checkpoint.find(store, RUN)] == [True]
+
+
 def test_a_checkpoint_that_is_being_scored_stays(root: str, state: State) -> None:
     store = connect(root)
     writer = Writer(store, RUN, Retention(keep=1, best="lower", scored_later=True))

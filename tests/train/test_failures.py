@@ -1,5 +1,6 @@
 """Which ends of a run's workers count as failures, and what is told of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from heliostat import spec, storage
 from heliostat.storage import Store
 from heliostat.train.failures import Failures
 from heliostat.train.job import Job, Preempted, failure_key
+from heliostat.train.lease import Superseded
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 DEAD = "The actor died.\n\tactor_id: 1\nIts process was killed: low on memory."
@@ -33,6 +35,10 @@ def failures(store: Store) -> Failures:
 
 
 def make_failures(store: Store, allotted: int | None) -> Failures:
+    return Failures(make_job(store), lambda: allotted)
+
+
+def make_job(store: Store) -> Job:
     run = spec.parse(
         {
             "name": "tiny",
@@ -42,7 +48,7 @@ def make_failures(store: Store, allotted: int | None) -> Failures:
             "train": {"max_failures": 2},
         }
     )
-    return Failures(Job(run, "tiny", "1", "tiny-1", 10, "try"), lambda: allotted)
+    return Job(run, "tiny", "1", "tiny-1", 10, "try")
 
 
 def raised(*errors: BaseException) -> TrainingFailedError:
@@ -66,7 +72,7 @@ def test_more_failures_than_wanted_end_the_run_in_a_sentence_with_the_last_words
     told = "failure 2 of at most 2, starting again: rank 0: MemoryError: no memory for 3 GiB\n"
     assert capsys.readouterr().out.endswith(told)
     assert failures.make_decision(died()) == RAISE
-    sentence = store.read(failure_key("tiny-1")).decode()
+    sentence = store.read(failure_key(make_job(store))).decode()
     assert sentence.startswith(
         "the workers of run tiny-1 failed 3 times, train.max_failures is 2; the last time: rank 1: "
         "Its process was killed: low on memory; rank 0: RuntimeError: connection closed"
@@ -95,7 +101,7 @@ def test_what_was_announced_and_waiting_for_nodes_is_no_failure(
     failures: Failures, store: Store, end: TrainingFailedError
 ) -> None:
     assert {failures.make_decision(end) for _ in range(9)} == {RETRY}
-    assert store.stat(failure_key("tiny-1")) is None
+    assert store.stat(failure_key(make_job(store))) is None
 
 
 @pytest.mark.parametrize("end", [raised(Preempted("saved at step 3")), died()])
@@ -107,6 +113,22 @@ def test_a_run_that_gave_its_workers_back_does_not_start_them_again(
 
 
 def test_what_a_retry_cannot_mend_is_not_tried_again(failures: Failures, store: Store) -> None:
-    store.write(failure_key("tiny-1"), b"the loss became nan at step 3")
+    store.write(failure_key(make_job(store)), b"the loss became nan at step 3")
     assert failures.make_decision(raised(RuntimeError("collateral"))) == RAISE
-    assert store.read(failure_key("tiny-1")) == b"the loss became nan at step 3"
+    assert store.read(failure_key(make_job(store))) == b"the loss became nan at step 3"
+
+
+def test_who_was_followed_by_another_writer_stops_and_says_nothing_to_it(
+    failures: Failures, store: Store
+) -> None:
+    end = raised(Superseded("it has a later writer"), RuntimeError("collateral"))
+    assert failures.make_decision(end) == RAISE
+    assert store.stat(failure_key(make_job(store))) is None
+
+
+def test_what_another_try_wrote_down_does_not_end_this_one(
+    failures: Failures, store: Store
+) -> None:
+    other = replace(make_job(store), submission="another")
+    store.write(failure_key(other), b"the loss became nan at step 3")
+    assert failures.make_decision(died()) == RETRY

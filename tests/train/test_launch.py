@@ -203,24 +203,49 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(store: Store
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("left", [0.0, 0.5], ids=["empty", "cut"])
+def test_a_run_whose_best_checkpoint_is_damaged_gives_the_next_best(store: Store) -> None:
+    manifest = make_data(store)
+    run = make_run(store, run="torn", validate_steps=5, keep_checkpoints=4)
+    first = train(run, manifest)
+    middle = next(one.key for one in checkpoint.find(store, "torn") if one.step == 10)
+    checkpoint.record_score(store, middle, -1.0)
+    file = next(one.key for one in store.list(f"{middle}/") if "safetensors" in one.key)
+    store.write(file, store.read(file)[:-1])
+    store.delete("runs/torn/result.json")  # as if it had been killed before it could write that
+    with pytest.raises(HeliostatError, match="ended without a result: submit the job again"):
+        train(run, manifest)
+    assert train(run, manifest) == first
+    assert middle not in checkpoint.committed(store, "torn")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("left", "section"), [(0.0, {}), (0.5, {"stop": {"tokens": 450}})], ids=["empty", "cut, early"]
+)
 def test_a_run_goes_on_from_its_checkpoints_whatever_became_of_all_else(
-    store: Store, left: float, capfd: pytest.CaptureFixture[str]
+    store: Store, left: float, section: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     manifest = make_data(store)
-    run = make_run(store, run="torn", checkpoint_steps=5)
+    run = make_run(store, run="torn", checkpoint_steps=5, **section)
     first = train(run, manifest)
+    assert first.step == (15 if section else 20)
+
+    def damage() -> set[str]:
+        beside = [one for one in store.list("runs/torn/") if "/checkpoints/" not in one.key]
+        for entry in beside:
+            store.write(entry.key, store.read(entry.key)[: int(entry.size * left)])
+        return {entry.key.split("/")[2] for entry in beside}
+
+    assert damage() >= {"run.json", "lease.json", "fence", "result.json"}
+    assert train(run, manifest) == first  # with no step left to make
+    damage()
     checkpoint.discard(store, checkpoint.committed(store, "torn")[0])
-    beside = [one for one in store.list("runs/torn/") if "/checkpoints/" not in one.key]
-    for entry in beside:
-        store.write(entry.key, store.read(entry.key)[: int(entry.size * left)])
     with pytest.raises(HeliostatError, match=r"run torn was .*\(train\.epochs: 4 -> 5\)"):
-        train(make_run(store, run="torn", checkpoint_steps=5, epochs=5), manifest)
+        train(make_run(store, run="torn", checkpoint_steps=5, epochs=5, **section), manifest)
     again = train(run, manifest)
     found = checkpoint.find(store, "torn")
     assert [(one.step, one.fence) for one in found] == [(first.step, 2), (first.step - 5, 1)]
     assert "run.json is damaged" in capfd.readouterr().out
-    assert {entry.key.split("/")[2] for entry in beside} >= {"run.json", "lease.json", "fence"}
     np.testing.assert_array_equal(weights(again), weights(first))
 
 

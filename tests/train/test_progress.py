@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,19 @@ def test_a_mean_weighs_every_step_by_its_weight(steps: list[tuple[int, float]]) 
     assert means["learning_rate"] == 0.1 / len(steps)
     assert means["grad_norm"] == 0.5
     assert stretch.rows == weights
+
+
+@pytest.mark.parametrize(("norms", "mean"), [([0.5, math.inf, 1.5], 1.0), ([math.nan], None)])
+def test_a_gradient_that_overflowed_and_was_left_out_is_not_counted(
+    store: LocalStore, norms: list[float], mean: float | None
+) -> None:
+    """As in fp16, whenever its scale has become too large."""
+    run = Run(store)
+    for step, norm in enumerate(norms, start=1):
+        run.progress.add(replace(report(step), grad_norm=norm))
+    run.progress.record(wait=True)
+    run.progress.finish()
+    assert run.progress.metrics.get("grad_norm") == mean
 
 
 def test_a_line_every_five_seconds_with_the_means_since_the_one_before(store: LocalStore) -> None:

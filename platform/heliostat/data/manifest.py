@@ -110,9 +110,9 @@ def load_manifest(store: Store, name: str, version: str) -> Manifest:
             f"there is no version {version} of the data set {name} under {store.uri}, "
             f"prepared are: {', '.join(_versions(store, name)) or 'none'}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HeliostatError(f"{store.uri}/{key} is damaged: prepare the data again") from error
-    if content_version(manifest) != manifest.version:
+    if manifest.name != name or content_version(manifest) != manifest.version:
         raise HeliostatError(f"{store.uri}/{key} was changed after it was written: prepare again")
     return manifest
 

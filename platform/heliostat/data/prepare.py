@@ -146,6 +146,7 @@ def _publish(store: Store, manifest: Manifest, report: dict[str, Any], fingerpri
 
 def _is_published(store: Store, manifest: Manifest) -> bool:
     try:
-        return load_manifest(store, manifest.name, manifest.version).version == manifest.version
+        check_shards(store, load_manifest(store, manifest.name, manifest.version))
     except HeliostatError:
         return False
+    return True

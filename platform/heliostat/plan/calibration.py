@@ -3,11 +3,13 @@
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import log
 
 from heliostat.hardware import Machine
 from heliostat.storage import Store
+from heliostat.storage.documents import Damaged, read_document
 
 # Of all runs on the same hardware, those whose figure was planned to be closest count.
 NEAREST = 5
@@ -96,17 +98,11 @@ def keep(store: Store, record: Record) -> None:
 
 def load(store: Store, hardware: str) -> list[Record]:
     """The records of runs on `hardware`; one that cannot be read does not count."""
-    found = (_read(store.read(entry.key)) for entry in store.list(_prefix(hardware)))
-    return [record for record in found if record]
-
-
-def _read(data: bytes) -> Record | None:
-    try:
-        document = json.loads(data)
-        planned, measured = (Taken(**document.pop(name)) for name in ("planned", "measured"))
-        return Record(**document, planned=planned, measured=measured)
-    except (ValueError, KeyError, TypeError):
-        return None
+    records = []
+    for entry in store.list(_prefix(hardware)):
+        with suppress(Damaged):
+            records.append(read_document(store, entry.key, Record))
+    return records
 
 
 def _find_factor(records: Sequence[Record], of: Callable[[Taken], float], planned: Taken) -> Factor:

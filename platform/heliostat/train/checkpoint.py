@@ -24,6 +24,7 @@ FORMAT = 1
 _DIRECTORY = re.compile(r"(?P<step>\d{8})-\d{6}-[0-9a-f]{8}")
 _MANIFEST, _COMMITTED, _SCORE = "manifest.json", "COMMITTED", "score.json"
 MAX_UNSCORED = 8
+MAX_FENCE = 999_999  # six digits in the name of a directory
 
 
 class Corrupt(HeliostatError):
@@ -93,6 +94,11 @@ class Found:
     @property
     def awaits_score(self) -> bool:
         return self.committed and not self.scored
+
+
+@dataclass(frozen=True)
+class _Score:
+    metric: float
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def find(store: Store, run: str) -> list[Found]:
 
 def record_score(store: Store, key: str, metric: float) -> None:
     """Give the committed checkpoint at `key` the metric that it is ranked by."""
-    store.write(f"{key}/{_SCORE}", json.dumps({"metric": metric}).encode())
+    store.write(f"{key}/{_SCORE}", json.dumps(asdict(_Score(metric))).encode())
 
 
 def decide(attempts: Iterable[Found], retention: Retention) -> list[Found]:
@@ -252,9 +258,12 @@ def _metric(store: Store, found: Found) -> float | None:
         return None
     try:
         if found.scored:
-            return read_document(store, f"{found.key}/{_SCORE}", dict[str, float]).get("metric")
+            return read_document(store, f"{found.key}/{_SCORE}", _Score).metric
         return read_manifest(store, found.key).metric
-    except (Corrupt, Missing, Damaged):
+    except Damaged:
+        store.delete(f"{found.key}/{_SCORE}")  # so that it is scored again
+        return None
+    except (Corrupt, Missing):
         return None
 
 

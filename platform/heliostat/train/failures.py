@@ -16,6 +16,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from heliostat import storage
 from heliostat.train.job import Job, Preempted, failure_key
+from heliostat.train.lease import Superseded
 
 DEATHS = (RayActorError, OutOfMemoryError)
 MAX_TOLD = 2
@@ -41,8 +42,10 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
         errors = find_ends(training_failed_error)
         if not errors or any(map(_was_announced, errors.values())):
             return super().make_decision(training_failed_error)
+        if any(isinstance(error, Superseded) for error in errors.values()):
+            return FailureDecision.RAISE
         store = storage.connect(self._job.spec.root)
-        if store.stat(failure_key(self._job.run)):
+        if store.stat(failure_key(self._job)):
             return FailureDecision.RAISE
         self._failed += 1
         run, most, told = self._job.run, self._job.spec.train.max_failures, describe(errors)
@@ -52,7 +55,7 @@ class Failures(DefaultFailurePolicy):  # type: ignore[misc]
                 f"{most}; the last time: {told}: submit the job again to go on from the last "
                 "checkpoint"
             )
-            store.write(failure_key(run), sentence.encode())
+            store.write(failure_key(self._job), sentence.encode())
             return FailureDecision.RAISE
         print(f"failure {self._failed} of at most {most}, starting again: {told}", flush=True)
         return FailureDecision.RETRY

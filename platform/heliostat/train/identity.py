@@ -7,7 +7,7 @@ from heliostat import spec
 from heliostat.data.manifest import Manifest
 from heliostat.spec import RunSpec
 from heliostat.spec.difference import refuse_changes
-from heliostat.storage import Conflict, Store
+from heliostat.storage import Missing, Store
 from heliostat.storage.documents import Damaged, read_document
 from heliostat.train import checkpoint
 from heliostat.train.checkpoint import Corrupt
@@ -40,27 +40,23 @@ def identify(run: RunSpec, manifest: Manifest) -> str:
 
 
 def register(store: Store, name: str, run: RunSpec, manifest: Manifest) -> None:
-    """Write down what the run is, once; with `train.force` anew if it is changed.
+    """Write down what the run is, once; with `train.force` anew. Only who has its lease may.
 
     Raises:
         HeliostatError: a run of this name is another one; names the keys that differ.
     """
     key, described = f"runs/{name}/run.json", _describe(run, manifest)
-    data = json.dumps(described, indent=1).encode()
-    try:
-        store.create(key, data)
-        return
-    except Conflict:
-        if run.train.force:
-            store.write(key, data)
-            return
     try:
         before = read_document(store, key, dict[str, Any])
-    except Damaged as error:
-        print(f"{error}; what its newest checkpoint says of the run is taken instead", flush=True)
+    except (Missing, Damaged) as error:
+        if isinstance(error, Damaged):
+            print(f"{error}; what the newest checkpoint says is taken instead", flush=True)
         before = _recall(store, name) or described
         store.write(key, json.dumps(before, indent=1).encode())
-    refuse_changes(name, before, described)
+    if run.train.force:
+        store.write(key, json.dumps(described, indent=1).encode())
+    else:
+        refuse_changes(name, before, described)
 
 
 def to_extra(run: RunSpec, manifest: Manifest) -> dict[str, Any]:

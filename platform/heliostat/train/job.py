@@ -27,17 +27,17 @@ class Ended:
     """What a run leaves at its end, as JSON; `checkpoint` is the one to take the weights from.
 
     `reason` is why it stopped before its last step; `memory_bytes`, at the peak, and `step_seconds`
-    are of the first worker.
+    are of the first worker, 0 where it made no step.
     """
 
     step: int
     reason: str | None
     checkpoint: str | None
-    parameters: int
     metrics: dict[str, float]
-    memory_bytes: int
-    step_seconds: float
-    hours: float
+    parameters: int = 0
+    memory_bytes: int = 0
+    step_seconds: float = 0.0
+    hours: float = 0.0
 
 
 class Preempted(Exception):
@@ -49,5 +49,6 @@ def result_key(run: str) -> str:
     return f"runs/{run}/result.json"
 
 
-def failure_key(run: str) -> str:
-    return f"runs/{run}/failure.txt"
+def failure_key(job: Job) -> str:
+    """Where what a retry cannot mend is written down; of this try alone, as others may go on."""
+    return f"runs/{job.run}/failures/{job.submission}.txt"

@@ -68,10 +68,10 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
     name = identify(run, manifest)
     order = stream.plan(manifest, "train", run.train.global_batch, run.train.seed)
     steps = count_steps(run, order)
-    register(store, name, run, manifest)
     ray.init(ignore_reinit_error=True)
     submission = ray.get_runtime_context().get_job_id()
     with lease.hold(store, name, job=submission):
+        register(store, name, run, manifest)
         scorer = Scorer(run, manifest, name) if run.train.validate_async else None
         if (done := _finished(store, name, steps, scorer)) is not None:
             print(f"run {name} has ended at step {done.step:,} before", flush=True)
@@ -94,7 +94,7 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
                     read_bytes = _run_workers(job, store, manifest, order, turn)
                 turn.give_back()
             if (result := _finished(store, name, steps, scorer)) is None:
-                raise HeliostatError(_failure(store, name))
+                raise HeliostatError(_failure(store, job))
             ahead.keep(name, read_bytes)
     return result
 
@@ -153,7 +153,6 @@ def _run_workers(
     job: Job, store: Store, manifest: Manifest, order: Order, turn: Turn
 ) -> int | None:
     """The bytes read from the bucket until the end of the run; None if its turn was over before."""
-    store.delete(failure_key(job.run))
     read = (store, manifest, "train", order, job.steps, job.spec.train.cache_share)
     try:
         with stream.start_reader(*read, max_restarts=-1, name=job.reader) as reader:
@@ -164,9 +163,9 @@ def _run_workers(
             read_bytes: int = ray.get(reader.read_bytes.remote())
             return read_bytes
     except ray.train.TrainingFailedError as error:
-        if turn.is_over and store.stat(failure_key(job.run)) is None:
+        if turn.is_over and store.stat(failure_key(job)) is None:
             return None
-        raise HeliostatError(_failure(store, job.run, error)) from error
+        raise HeliostatError(_failure(store, job, error)) from error
     except RayActorError as error:
         raise HeliostatError(
             f"Ray's controller of run {job.run} died: submit the job again to go on from the last "
@@ -253,17 +252,22 @@ def _finished(store: Store, name: str, steps: int, scorer: Scorer | None) -> Res
 
     from heliostat.train.reader import read_weights
 
-    best = scorer.find_best() if scorer else None
+    key = (scorer.find_best() if scorer else None) or ended.checkpoint or ""
     try:
-        weights = read_weights(store, best or ended.checkpoint or "")
-    except Corrupt:
+        weights = read_weights(store, key)
+    except Corrupt as error:
+        print(f"passing over checkpoint {key}: {error}; the run ends once more", flush=True)
+        checkpoint.revoke(store, key)
         return None
     data = safetensors.torch.save(weights.tensors)
     return Result(name, ended.step, ended.metrics, data)
 
 
-def _failure(store: Store, name: str, error: Exception | None = None) -> str:
-    if store.stat(failure_key(name)):
-        return store.read(failure_key(name)).decode()
+def _failure(store: Store, job: Job, error: Exception | None = None) -> str:
+    if store.stat(failure_key(job)):
+        return store.read(failure_key(job)).decode()
     words = f" ({' '.join(str(error).split())[:MAX_WORDS]})" if error else ""
-    return f"run {name} ended without a result{words}: look at the job's log for more"
+    return (
+        f"run {job.run} ended without a result{words}: submit the job again to go on from the last "
+        "checkpoint, and look at its log for more"
+    )

@@ -40,6 +40,10 @@ class Owner:
         return f"pid {self.pid} on host {self.host}" + (f" (job {self.job})" if self.job else "")
 
 
+class Superseded(HeliostatError):
+    """A later writer has the run."""
+
+
 UNKNOWN = Owner("", 0, "", "")
 
 
@@ -150,9 +154,9 @@ class Fence:
     number: int
 
     def check(self) -> None:
-        """Raises HeliostatError if another writer has followed this one."""
+        """Raises Superseded if another writer has followed this one."""
         if (newest := _read_fence(self.store, self.run)) != self.number:
-            raise HeliostatError(
+            raise Superseded(
                 f"run {self.run} has a later writer (number {newest}, this is {self.number}): "
                 "this one commits nothing any more"
             )
@@ -174,10 +178,10 @@ def raise_fence(store: Store, run: str) -> Fence:
 
 def _read_fence(store: Store, run: str) -> int:
     """The highest number of a writer; if it is damaged, of those that checkpoints are named by."""
-    try:
-        return int(store.read(_fence_key(run)))
-    except ValueError:
-        return max((found.fence for found in checkpoint.find(store, run)), default=0)
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := int(store.read(_fence_key(run)))) <= checkpoint.MAX_FENCE:
+            return number
+    return max((found.fence for found in checkpoint.find(store, run)), default=0)
 
 
 def _look(store: Store, run: str) -> tuple[str, Owner]:

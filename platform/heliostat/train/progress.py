@@ -88,7 +88,7 @@ class Stretch:
         self.began = ledger.clock()
         self._spent = ledger.attempt.seconds
         self._sums: dict[str, float] = {}
-        self._weight = self._steps = 0
+        self._weight = self._steps = self._stepped = 0
         self._grad_norms = self._rate = 0.0
         self.rows = 0
 
@@ -100,7 +100,9 @@ class Stretch:
             self._sums[name] = self._sums.get(name, 0.0) + mean * report.weight
         self._weight += report.weight
         self._steps += 1
-        self._grad_norms += report.grad_norm
+        if math.isfinite(report.grad_norm):  # else it overflowed in fp16, and the step was left out
+            self._grad_norms += report.grad_norm
+            self._stepped += 1
         self._rate = report.rate
         self.rows += report.rows
 
@@ -112,7 +114,7 @@ class Stretch:
         return {
             **{name: total / self._weight for name, total in self._sums.items()},
             LEARNING_RATE.name: self._rate,
-            GRAD_NORM.name: self._grad_norms / self._steps,
+            **({GRAD_NORM.name: self._grad_norms / self._stepped} if self._stepped else {}),
         }
 
     def pace(self, ledger: Ledger, workload: Workload) -> dict[str, float]:

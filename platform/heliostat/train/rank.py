@@ -33,7 +33,7 @@ from heliostat.train.optim import build_optimizer, rate_at
 from heliostat.train.parallel import Parallel, parallelize
 from heliostat.train.peak import find_peak, measure_memory
 from heliostat.train.progress import Progress, Workload
-from heliostat.train.reader import read_newest
+from heliostat.train.reader import Restored, read_newest
 from heliostat.train.room import refuse_what_cannot_fit
 from heliostat.train.state import State
 from heliostat.train.stop import (
@@ -69,13 +69,20 @@ class Place:
 
 @dataclass
 class Position:
-    """How far a run is beside its tensors; what a checkpoint keeps of it as JSON."""
+    """How far a run is beside its tensors; what a checkpoint keeps of it as JSON.
+
+    `checkpoint` is the one that it went on from, `metrics` are those at its last one, `reason` is
+    why it stopped there.
+    """
 
     step: int = 0
+    checkpoint: str | None = None
     tokens: int = 0
     seconds: float = 0.0
     trend: Trend = field(default_factory=Trend)
     scaler: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
 
     def to_json(self, manifest: Manifest, seed: int, steps_per_epoch: int) -> dict[str, Any]:
         epoch, in_epoch = divmod(self.step, steps_per_epoch)
@@ -90,12 +97,23 @@ class Position:
             "seconds": self.seconds,
             "trend": self.trend.to_json(),
             "scaler": self.scaler,
+            "metrics": self.metrics,
+            "reason": self.reason,
         }
 
     @classmethod
-    def from_json(cls, step: int, document: dict[str, Any]) -> "Position":
-        trend = Trend(**document["trend"])
-        return cls(step, document["tokens"], document["seconds"], trend, document["scaler"])
+    def restore(cls, restored: Restored) -> "Position":
+        told = restored.extra
+        return cls(
+            restored.step,
+            restored.key,
+            told["tokens"],
+            told["seconds"],
+            Trend(**told["trend"]),
+            told["scaler"],
+            told.get("metrics", {}),
+            told.get("reason"),
+        )
 
 
 def train_rank(job: Job, place: Place) -> None:
@@ -142,23 +160,23 @@ class _Worker:
         self._progress = self._open_progress() if self._is_first else None
 
     def run(self) -> None:
-        reason = None
         for report in self._fit():
             self._count(report)
             scores = self._validate() if self._is_due(self._train.validate_steps) else {}
             noticed, seconds, due = report.votes
-            reason = decide(
+            self._position.reason = decide(
                 self._train,
                 Status(report.step, self._position.tokens, seconds, scores, self._position.trend),
             )
-            ends = bool(reason) or noticed > 0 or report.step == self._job.steps
+            last = bool(self._position.reason) or report.step == self._job.steps
+            ends = last or noticed > 0
             if ends or scores or due:
                 self._save(scores, wait=ends)
-            if reason or report.step == self._job.steps:
+            if last:
                 break
             if noticed:
                 raise Preempted(self._tell_saved(report.step))
-        self._finish(reason)
+        self._finish()
 
     def _tell_saved(self, step: int) -> str:
         told = f"saved at step {step:,}, as the workers were told to end"
@@ -238,7 +256,7 @@ class _Worker:
         restored = read_newest(self._store, self._job.run, self._state, say)
         if restored is None:
             return Position()
-        position = Position.from_json(restored.step, restored.extra)
+        position = Position.restore(restored)
         if position.scaler:
             self._parallel.scaler.load_state_dict(position.scaler)
         say(f"resumed from step {restored.step:,} ({restored.key})")
@@ -274,6 +292,8 @@ class _Worker:
         return cost.train_flops_per_sample
 
     def _fit(self) -> Iterator[loop.StepReport]:
+        if self._position.reason:  # it had ended, and was killed before it could say so
+            return iter(())
         shares = stream.iter_shares(
             self._order,
             self._manifest,
@@ -339,14 +359,15 @@ class _Worker:
         """Begin a checkpoint; with `wait` it is committed when this returns."""
         self._alive()
         self._position.scaler = self._parallel.scaler.state_dict()
-        position = self._position.to_json(
-            self._manifest, self._train.seed, self._order.steps_per_epoch
-        )
         metric = find_metric(self._train, scores) if scores else None
         began = time.monotonic()
         with self._ledger.spend(CHECKPOINT):
             if self._progress:
                 self._progress.record(wait)
+                self._position.metrics = self._progress.metrics
+            position = self._position.to_json(
+                self._manifest, self._train.seed, self._order.steps_per_epoch
+            )
             self._writer.begin(self._position.step, self._state, position | self._described, metric)
             if wait:
                 self._writer.finish()
@@ -354,21 +375,21 @@ class _Worker:
         self._cadence.count(time.monotonic() - began, before.seconds if before else 0.0)
         self._alive()
 
-    def _finish(self, reason: str | None) -> None:
+    def _finish(self) -> None:
         self._writer.finish()
         if self._progress is None:
             return
         self._progress.finish()
-        if reason:
-            print(f"stopped at step {self._position.step:,}: {reason}", flush=True)
+        position, saved = self._position, self._writer.saved
+        if position.reason:
+            print(f"stopped at step {position.step:,}: {position.reason}", flush=True)
         best = checkpoint.find_best(self._store, self._job.run, self._best)
-        saved = self._writer.saved
         ended = Ended(
-            self._position.step,
-            reason,
-            best or (saved.key if saved else None),
+            position.step,
+            position.reason,
+            best or (saved.key if saved else position.checkpoint),
+            position.metrics,
             count_parameters(self._state.model),
-            self._progress.metrics,
             measure_memory(self._place.device),
             self._ledger.step_seconds,
             self._ledger.total.wall_seconds / 3600,

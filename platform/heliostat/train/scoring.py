@@ -66,9 +66,14 @@ class Scorer:
 
     def find_best(self) -> str | None:
         """The key of the checkpoint with the lowest loss, once each has its score."""
-        while self.score_next():
-            pass
-        return checkpoint.find_best(storage.connect(self.run.root), self.name, "lower")
+        store, best = storage.connect(self.run.root), None
+        scored = True
+        while scored:  # a score that cannot be read is thrown away, to be made anew
+            while self.score_next():
+                pass
+            best = checkpoint.find_best(store, self.name, "lower")
+            scored = any(one.awaits_score for one in checkpoint.find(store, self.name))
+        return best
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from heliostat.errors import HeliostatError
 from heliostat.train.allotment import find_allotment, report_size
 from heliostat.train.gauges import Gauges
 from heliostat.train.job import Job, failure_key
+from heliostat.train.lease import Superseded
 from heliostat.train.loop import Ranks
 from heliostat.train.rank import Place, train_rank
 
@@ -42,8 +43,10 @@ def work(job: Job) -> None:
         place = _find_place(job)
         _join(place.ranks, place.device)
         train_rank(job, place)
+    except Superseded:  # another goes on, which must not end by what this one says
+        raise
     except HeliostatError as error:
-        storage.connect(job.spec.root).write(failure_key(job.run), str(error).encode())
+        storage.connect(job.spec.root).write(failure_key(job), str(error).encode())
         raise
     distributed.destroy_process_group()
 
