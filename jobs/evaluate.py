@@ -9,6 +9,7 @@ from itertools import chain
 from heliostat import registry, spec, storage
 from heliostat.data.manifest import check_shards, load_manifest
 from heliostat.data.stream import read_split
+from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, score
 from heliostat.evaluate.ranking import rank_items, render
 from heliostat.job import run
@@ -21,6 +22,11 @@ def main(path: str, *overrides: str) -> None:
     version = registry.resolve(store, spec.reference(wanted.name, wanted.evaluate.version))
     manifest = load_manifest(store, version.data_name, version.data_version)
     check_shards(store, manifest)
+    if not manifest.rows["test"]:
+        raise HeliostatError(
+            f"{manifest.name}@{manifest.version} has no test rows: raise data.split.test or set "
+            "data.split.test_files, then prepare and train again"
+        )
     train, validation, test, again = (
         read_split(store, manifest, split, wanted.evaluate.batch)
         for split in ("train", "validation", "test", "test")

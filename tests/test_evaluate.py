@@ -28,10 +28,10 @@ from heliostat.data.features import (
     input_of,
 )
 from heliostat.evaluate import Predictor, load_predictor, predict, score
-from heliostat.evaluate.scores import ClassScores, NumberScores
+from heliostat.evaluate.scores import ClassScores, NumberCounter, NumberScores
 from heliostat.models import build
 from heliostat.models.tasks import choose_task
-from heliostat.signature import Classes, Signature
+from heliostat.signature import Classes, Numbers, Signature, Vector
 
 LABELS = ("cat", "dog", "owl")
 
@@ -229,3 +229,13 @@ def test_a_published_model_answers_bit_for_bit_like_the_original(
     assert np.array_equal(predict(loaded, columns), expected)
     assert expected.sum(axis=1) == pytest.approx(1)
     assert len(np.unique(expected)) > len(LABELS)
+
+
+def test_training_counts_errors_in_the_unit_of_the_data_as_evaluation_does() -> None:
+    output = Numbers(("price", "rooms"), (1e5, 3.0), (8e4, 2.0))
+    task = choose_task(Signature(Vector(2), output))
+    values, targets = torch.randn(6, 2), torch.randn(6, 2)
+    counter = NumberCounter(output)
+    counter.add(values, targets, 0.0)
+    told = counter.finish().metrics["mae"]
+    assert task.count(values, targets)["mae"].item() / 12 == pytest.approx(told)

@@ -140,6 +140,14 @@ def test_whole_labels_are_written_without_a_point(read: Read) -> None:
     assert survey.labels == ("1", "2", "10")
 
 
+def test_the_user_is_the_first_id_of_the_section_whatever_the_order_of_the_file(read: Read) -> None:
+    data = {"t.csv": b"book,year,user,rating\n1,1999,7,3\n2,2001,8,4\n"}
+    kinds = read(data, label="rating", columns={"user": "id", "book": "id"})[0].layout.kinds
+    assert [name for name, kind in kinds.items() if kind == "id"] == ["user", "book"]
+    kinds = read(data, label="rating", columns={"book": "id", "user": "id"})[0].layout.kinds
+    assert [name for name, kind in kinds.items() if kind == "id"] == ["book", "user"]
+
+
 def test_parquet_columns_by_their_types(read: Read) -> None:
     noon = datetime.datetime(1970, 1, 2, tzinfo=datetime.UTC)
     columns = {

@@ -1,8 +1,11 @@
 """Texts: what is a document, which tokens it becomes, and that no split knows of another."""
 
 import gzip
+import io
+import itertools
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -270,7 +273,6 @@ def test_a_readme_beside_data_of_another_form_is_no_text(read: Read, idx: Any) -
         ("not UTF-8 text", "bad.txt", b"a\xff"),
         ("empty", "bad.txt", b" \n\t"),
         ("not a whole gzip file", "bad.txt.gz", gzip.compress(b"abc" * 99)[:-9]),
-        ("a document of more than 8 MiB", "bad.txt", b"a" * (text.MAX_DOCUMENT_BYTES + 1)),
         (
             "a document of more than 8 MiB",
             "bad.txt.gz",
@@ -294,6 +296,60 @@ def test_what_is_no_document_is_named_with_its_problem(
     assert bad["id"].to_pylist() == [key + "#0" * key.endswith("jsonl")]
     assert bad["problem"][0].as_py().startswith(problem)
     assert bad["text"].null_count == 1
+
+
+def test_a_text_of_a_class_that_is_too_long_is_a_bad_row(read: Read) -> None:
+    _, rows = read({"ham/1.txt": b"a" * (text.MAX_DOCUMENT_BYTES + 1), "spam/2.txt": b"Buy"})
+    assert rows["problem"].to_pylist() == [text.TOO_LONG, None]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60)), st.integers(4, 40))
+def test_pieces_are_all_of_a_file_and_cut_no_character_and_no_line_that_is_short(
+    lines: list[str], piece_bytes: int
+) -> None:
+    data = "\n".join(lines).encode()
+    pieces = list(text.cut(io.BytesIO(data), piece_bytes))
+    assert b"".join(pieces) == data
+    assert all(0 < len(piece) < 2 * piece_bytes for piece in pieces)
+    for piece in pieces[:-1]:
+        piece.decode()
+        assert piece.endswith(b"\n") or b"\n" not in piece
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz"])
+def test_one_large_file_is_many_documents_and_every_split_gets_some(
+    source: Source, tmp_path: Path, name: str
+) -> None:
+    lines = random.Random(0)
+    book = "".join(f"{lines.getrandbits(128):032x}\n" for _ in range(20_000)).encode()
+    folder = source({name: gzip.compress(book) if name.endswith("gz") else book})
+    section = {**SMALL, "split": {"validation": 0.1, "test": 0.1}}
+    splits, _ = prepare_here(LocalStore(str(tmp_path / "root")), source=str(folder), **section)
+    ids = [table["id"].to_pylist() for table in splits.values()]
+    assert all(ids)
+    begins = {row_id.split("@")[1] for row_id in itertools.chain(*ids)}
+    assert len(begins) > len(book) / text.PIECE_BYTES / 2
+
+
+def test_bytes_that_are_no_text_are_one_bad_piece(read: Read) -> None:
+    line = b"A line of sixteen\n"
+    survey, rows = read({"a.txt": line * 2000 + b"\xff\n" + line * 2000})
+    (bad,) = rows.filter(rows["problem"].is_valid())["problem"].to_pylist()
+    assert "not UTF-8 text" in bad
+    assert survey.rows == rows.num_rows > 3
+
+
+def test_where_nothing_is_left_to_train_on_it_is_said_what_is_wrong(
+    source: Source, tmp_path: Path
+) -> None:
+    folder = str(source({"a.txt": "Grüße".encode("latin-1")}))
+    with pytest.raises(HeliostatError, match=r"for training \(a\.txt: not UTF-8 text"):
+        prepare_here(LocalStore(str(tmp_path)), source=folder, split={"validation": 0, "test": 0})
+
+
+def test_a_readme_beside_tables_of_texts_is_none_of_them(read: Read) -> None:
+    _, rows = read({"README.md": b"Data", "t.csv": b"text\none\ntwo\n"}, format="text")
+    assert rows["text"].to_pylist() == ["one", "two"]
 
 
 def test_a_line_that_is_too_long_is_one_bad_row_and_the_next_one_is_read(read: Read) -> None:

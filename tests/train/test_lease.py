@@ -117,10 +117,15 @@ def test_whoever_holds_a_damaged_lease_is_waited_for_like_the_dead(
     assert "whose lease is damaged" in said[0]
 
 
-def test_a_damaged_fence_is_raised_above_all_that_left_checkpoints(store: Store) -> None:
+@pytest.mark.parametrize("left", [b"", b"x", b"-3", b"1000000", None])
+def test_a_lost_fence_is_raised_above_all_that_left_checkpoints(
+    store: Store, left: bytes | None
+) -> None:
     older = [lease.raise_fence(store, RUN) for _ in range(3)]
     store.write(f"{checkpoint.make_key(RUN, 10, older[-1].number)}/COMMITTED", b"")
-    store.write(f"runs/{RUN}/fence", b"")
+    store.delete(f"runs/{RUN}/fence")
+    if left is not None:
+        store.write(f"runs/{RUN}/fence", left)
     older[-1].check()
     newer = lease.raise_fence(store, RUN)
     assert newer.number == 4

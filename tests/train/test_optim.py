@@ -1,5 +1,7 @@
 """Optimisers by name, and the laws of the learning rate."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -43,9 +45,26 @@ def test_a_rate_ends_where_it_should(kind: str) -> None:
     assert rate_at(spec, 55, 100) == pytest.approx(half)
 
 
+def test_a_run_that_is_shorter_than_its_decay_ends_where_it_should_too() -> None:
+    spec = ScheduleSpec(kind="wsd", warmup_steps=10, decay_steps=1000)
+    rates = [rate_at(spec, step, 200) for step in range(10, 201)]
+    assert (rates[0], rates[-1]) == (1, 0)
+    assert all(before > after for before, after in pairwise(rates))
+
+
+def test_steps_are_those_of_pytorch() -> None:
+    spec = ScheduleSpec(kind="step", every=3, factor=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.1)
+    for step in range(1, 20):
+        assert rate_at(spec, step, 100) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
 def test_steps_and_plateaus_multiply() -> None:
     stepped = ScheduleSpec(kind="step", every=10, factor=0.5)
-    assert [rate_at(stepped, step, 100) for step in (1, 9, 10, 25)] == [1, 1, 0.5, 0.25]
+    assert [rate_at(stepped, step, 100) for step in (1, 10, 11, 25)] == [1, 1, 0.5, 0.25]
     assert rate_at(ScheduleSpec(kind="plateau", factor=0.5), 7, 100, drops=3) == 0.125
 
 

@@ -18,7 +18,7 @@ from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
 from heliostat.storage import Missing, Store, connect, probe
 
-CODE_FORMAT = 3
+CODE_FORMAT = 4
 
 
 def prepare(spec: RunSpec) -> Manifest:
@@ -110,6 +110,8 @@ def _fingerprint(source: Source, data: DataSpec) -> str:
     """The same for the same objects, the same data section and the same code."""
     listing = [[entry.key, entry.size, entry.etag] for entry in source.entries]
     parts = [CODE_FORMAT, data.model_dump(mode="json"), listing]
+    if len(ids := [name for name, kind in data.columns.items() if kind == "id"]) > 1:
+        parts.append(ids)  # the first is the user
     if source.form == "text" and data.text.tokenizer:
         parts.append(text.read_vocabulary(data.text.tokenizer)[1].sha256)
     return digest(parts)

@@ -123,6 +123,7 @@ class TextLayout:
 
     Tables and lines of JSON have them in `column`, and their class in `label` if there is one; else
     it is the folder. `sample` is the share of the training texts that `vocabulary` is learned from.
+    Packed, a file of more than `cut_bytes` is several documents.
     """
 
     packed: bool
@@ -130,6 +131,7 @@ class TextLayout:
     column: str
     label: str | None
     sample: float = 1.0
+    cut_bytes: int = 0
     vocabulary: Vocabulary | None = None
     targets: tuple[str, ...] = ()
 
@@ -188,6 +190,8 @@ def find_source(data: DataSpec) -> Source:
         raise HeliostatError(f"{store.uri}: the name {unreadable[0]!r} is not UTF-8: rename it")
     by_form = {form: _matching(visible, pattern) for form, pattern in SUFFIXES.items()}
     form, reason = _choose_form(data, store.uri, visible, by_form)
+    if form == "text" and (tables := by_form["csv"] + by_form["parquet"]):
+        by_form["text"] = tables  # a readme beside the data
     kept = by_form[form] or visible
     _check_test_files(data.split, kept, store.uri)
     uri = connect(data.source).uri

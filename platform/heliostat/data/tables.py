@@ -143,7 +143,7 @@ def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
             f"are {_list_names(list(features))}"
         )
     chosen = features | data.columns
-    kept = {name: kind for name, kind in chosen.items() if kind != "ignore"}
+    kept = _order_ids({name: kind for name, kind in chosen.items() if kind != "ignore"}, data)
     for name in kept:
         if features[name] not in CATEGORY_OR_NUMERIC:
             raise HeliostatError(
@@ -155,6 +155,12 @@ def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
             f"{data.source} has no column beside {', '.join(labels)} to learn from"
         )
     return kept
+
+
+def _order_ids(kept: dict[str, str], data: DataSpec) -> dict[str, str]:
+    """The id columns as data.columns lists them, users first, in the places that the files give."""
+    ids = iter([name for name in data.columns if kept.get(name) == "id"])
+    return dict((next(ids), kind) if kind == "id" else (name, kind) for name, kind in kept.items())
 
 
 def _describe_columns(kinds: dict[str, str], kept: dict[str, str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -51,10 +51,16 @@ from heliostat.storage import Store
 MIB = 1024 * 1024
 MAX_DOCUMENT_BYTES = 8 * MIB  # a task needs 120 times that to find its tokens
 MAX_LINE_BYTES = 6 * MAX_DOCUMENT_BYTES  # JSON may write a byte of text as \u0000
+# A file is one document, but a book or a dump is cut at line ends: above CUT_BYTES, and where there
+# are few files, above that of a piece; else a split would get all or nothing of it.
+PIECE_BYTES = 16 * 1024
+CUT_BYTES = MIB
+FEW_FILES = 20
 SAMPLE_BYTES = 256 * MIB
 BATCH_BYTES = 16 * MIB
 PARALLEL_READS = 8
 TABLE_ROWS = 256
+MAX_TOLD = 3
 LINES = (".jsonl", ".jsonl.gz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TABLES = (*PARQUET_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -85,15 +91,18 @@ def _survey(store: Store, unit: Unit, data: DataSpec) -> Found:
 
     A file that is one document is not read: its listing says enough.
     """
-    layout = _layout_of(data, packed=_label(data) is None)
+    layout = replace(_layout_of(data, packed=_label(data) is None), cut_bytes=unit["cut_bytes"])
     labels, rows, total, training = set[str](), 0, 0, 0
     for key, size in unit["files"]:
-        if _is_whole(key):
-            documents = iter([Document(key, key, None, folder_of(key), None)])
-        else:
+        is_read = not _is_whole(key) or _is_cut(layout, size)
+        if is_read:
             documents = _read_key(store, layout, (key, size))
+        else:
+            documents = iter([Document(key, key, None, None, None)])
+        if _is_whole(key) and (folder := folder_of(key)) and len(labels) <= MAX_LABELS:
+            labels.add(folder)
         for document in documents:
-            length = size if _is_whole(key) else len((document.text or "").encode())
+            length = len((document.text or "").encode()) if is_read else size
             place = order_of(document.id, key, data.seed, data.split)
             rows, total = rows + 1, total + length
             training += length if split_at(place) == "train" else 0
@@ -109,7 +118,7 @@ def _settle(source: Source, found: list[Found], data: DataSpec) -> Survey:
     sample = min(1.0, SAMPLE_BYTES / max(sums["training"], 1))
     place = f"the field {_label(data)}" if _label(data) else "a folder a class"
     return Survey(
-        replace(_layout_of(data, packed), sample=sample),
+        replace(_layout_of(data, packed), sample=sample, cut_bytes=_cut_bytes(source)),
         () if packed else sort_labels(labels, f"{source.store.uri} ({place})"),
         sums["rows"],
         sums["bytes"] / max(sums["rows"], 1),
@@ -152,6 +161,20 @@ def _label(data: DataSpec) -> str | None:
             f"data.label names {len(data.label)} fields: of texts one is the class"
         )
     return data.label
+
+
+def _split(source: Source) -> list[Unit]:
+    cut_bytes = _cut_bytes(source)
+    return [{**unit, "cut_bytes": cut_bytes} for unit in group_files(source)]
+
+
+def _cut_bytes(source: Source) -> int:
+    """Files of more are cut, where the texts themselves are learned."""
+    return PIECE_BYTES if len(source.entries) < FEW_FILES else CUT_BYTES
+
+
+def _is_cut(layout: TextLayout, size: int) -> bool:
+    return layout.packed and size > layout.cut_bytes
 
 
 def _read(store: Store, unit: Unit, layout: TextLayout) -> Iterator[pa.Table]:
@@ -246,6 +269,9 @@ def _check(document: Document, layout: TextLayout) -> Document:
 
 
 def _read_file(store: Store, layout: TextLayout, key: str, size: int) -> Iterator[Document]:
+    if _is_cut(layout, size):
+        yield from _read_pieces(store, key)
+        return
     text: str | None = None
     problem: str | None = TOO_LONG
     if size <= MAX_DOCUMENT_BYTES:
@@ -253,16 +279,62 @@ def _read_file(store: Store, layout: TextLayout, key: str, size: int) -> Iterato
     yield Document(key, key, text, None if layout.packed else folder_of(key), problem)
 
 
+def _read_pieces(store: Store, key: str) -> Iterator[Document]:
+    """A file as documents of about PIECE_BYTES, each named by its place in the file."""
+    place = 0
+    try:
+        with open_raw(store, key) as stream:
+            for piece in cut(stream):
+                text, problem = _decode(piece)
+                yield Document(f"{key}@{place}", key, text, None, problem)
+                place += len(piece)
+    except HeliostatError as error:
+        yield Document(f"{key}@{place}", key, None, None, str(error))
+
+
+def cut(stream: BinaryIO, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """All of the stream in pieces of `piece_bytes` or up to twice that; one ends with a line, or
+    where there is none with a character of UTF-8."""
+    rest = b""
+    while more := read_full(stream, piece_bytes):
+        piece = rest + more
+        end = piece.rfind(b"\n") + 1 or _count_whole(piece)
+        yield piece[:end]
+        rest = piece[end:]
+    if rest:
+        yield rest
+
+
+def read_full(stream: BinaryIO, size: int) -> bytes:
+    """So many bytes, fewer only at the end of the stream."""
+    data = b""
+    while len(data) < size and (more := stream.read(size - len(data))):
+        data += more
+    return data
+
+
+def _count_whole(piece: bytes) -> int:
+    """How many bytes come before the last character, which may be cut; all of what is no UTF-8."""
+    begins = (len(piece) - n for n in range(1, 5) if piece[-n:][:1] >= b"\xc0")
+    return next(begins, 0) or len(piece)
+
+
+def _decode(data: bytes) -> tuple[str | None, str | None]:
+    """The text, or what is wrong with it."""
+    try:
+        return data.decode("utf-8-sig"), None
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 text: {error.reason}"
+
+
 def _unpack(data: bytes) -> tuple[str | None, str | None]:
     """The text of a file, or what is wrong with it."""
     try:
         if data.startswith(GZIP):
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_DOCUMENT_BYTES + 1)
-        return data.decode("utf-8-sig"), None
     except BROKEN_STREAM as error:
         return None, f"not a whole gzip file: {error}"
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8 text: {error.reason}"
+    return _decode(data)
 
 
 def _read_lines(store: Store, layout: TextLayout, key: str, size: int) -> Iterator[Document]:
@@ -348,21 +420,25 @@ def _check_names(names: list[str], columns: list[str], place: str) -> None:
 
 
 def sample_unit(data: DataSpec, layout: TextLayout, store: Store, unit: Unit) -> Found:
-    """The training documents of a unit whose order falls into the share `layout.sample`."""
+    """The training documents of a unit whose order falls into the share `layout.sample`, and what
+    is wrong with some that cannot be used."""
     limit = int(layout.sample * (1 << ORDER_BITS))
 
     def place(row_id: str, key: str) -> int:
         return order_of(row_id, key, data.seed, data.split)
 
     files = [
-        file for file in unit["files"] if not _is_whole(file[0]) or place(file[0], file[0]) < limit
+        (key, size)
+        for key, size in unit["files"]
+        if not _is_whole(key) or _is_cut(layout, size) or place(key, key) < limit
     ]
-    samples = [
-        (order, document.id, document.text)
-        for document in _read_unit(store, files, layout)
-        if document.problem is None and (order := place(document.id, document.object)) < limit
-    ]
-    return {"samples": samples}
+    samples, problems = list[tuple[int, str, str | None]](), list[str]()
+    for document in _read_unit(store, files, layout):
+        if document.problem:
+            problems.append(f"{document.id}: {document.problem}")
+        elif (order := place(document.id, document.object)) < limit:
+            samples.append((order, document.id, document.text))
+    return {"samples": samples, "problems": problems[:MAX_TOLD]}
 
 
 def learn_vocabulary(found: list[Found], layout: TextLayout, data: DataSpec) -> Learned:
@@ -378,9 +454,11 @@ def learn_vocabulary(found: list[Found], layout: TextLayout, data: DataSpec) -> 
             break
         texts.append(text)
     if not texts:
+        problems = list(chain.from_iterable(part["problems"] for part in found))[:MAX_TOLD]
         raise HeliostatError(
-            f"no text under {data.source} can be used for training: give more texts, or lower "
-            "data.split.validation and data.split.test"
+            f"no text under {data.source} can be used for training"
+            + (f" ({'; '.join(problems)})" if problems else "")
+            + ": give more texts, or lower data.split.validation and data.split.test"
         )
     written = learn_tokenizer(texts, data.text.vocab)
     vocabulary = describe_tokenizer(written, {}, "the tokenizer")
@@ -404,4 +482,4 @@ def read_vocabulary(uri: str) -> Learned:
 
 
 TASKS = ("language", "classification")
-TEXTS = Form(group_files, _survey, _settle, _read, TASKS, _finish)
+TEXTS = Form(_split, _survey, _settle, _read, TASKS, _finish)

@@ -73,12 +73,18 @@ def _binary(output: Classes) -> Task:
 
 
 def _regression(output: Numbers) -> Task:
+    std = torch.tensor(output.std)
+
+    def sum_errors(values: Tensor, targets: Tensor) -> Tensor:
+        """In the unit of the data, as `evaluate` has them and a stop is written."""
+        return ((values - targets).abs() * std.to(targets.device)).sum()
+
     return Task(
         "regression",
         len(output.names),
         len(output.names),
         lambda values, targets: functional.mse_loss(values.float(), targets, reduction="sum"),
-        lambda values, targets: {"mae": (values - targets).abs().sum()},
+        lambda values, targets: {"mae": sum_errors(values, targets)},
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from heliostat.errors import HeliostatError
-from heliostat.storage import Conflict, Store
+from heliostat.storage import Conflict, Missing, Store
 from heliostat.storage.documents import Damaged, read_document
 from heliostat.train import checkpoint
 
@@ -166,7 +166,7 @@ def raise_fence(store: Store, run: str) -> Fence:
     """A new writer's fence. Rank 0 calls it before it looks for a checkpoint to go on from."""
     while True:
         entry = store.stat(_fence_key(run))
-        number = _read_fence(store, run) + 1 if entry else 1
+        number = _read_fence(store, run) + 1
         data = str(number).encode()
         with contextlib.suppress(Conflict):
             if entry:
@@ -177,8 +177,8 @@ def raise_fence(store: Store, run: str) -> Fence:
 
 
 def _read_fence(store: Store, run: str) -> int:
-    """The highest number of a writer; if it is damaged, of those that checkpoints are named by."""
-    with contextlib.suppress(ValueError):
+    """The highest number of a writer; if it is lost, of those that checkpoints are named by."""
+    with contextlib.suppress(Missing, ValueError):
         if 0 <= (number := int(store.read(_fence_key(run)))) <= checkpoint.MAX_FENCE:
             return number
     return max((found.fence for found in checkpoint.find(store, run)), default=0)

@@ -50,15 +50,15 @@ def rate_at(spec: ScheduleSpec, step: int, steps: int, drops: int = 0) -> float:
     after, length = step - spec.warmup_steps, max(1, steps - spec.warmup_steps)
     match spec.kind:
         case "step":
-            return float(spec.factor ** (after // spec.every))
+            return float(spec.factor ** ((after - 1) // spec.every))
         case "linear":
             return _fall(min(1.0, after / length), spec.final)
         case "cosine":
             waves = (1 - math.cos(math.pi * min(1.0, after / length))) / 2
             return _fall(waves, spec.final)
         case "wsd":
-            decayed = step - max(spec.warmup_steps, steps - spec.decay_steps)
-            return _fall(min(1.0, max(0.0, decayed / spec.decay_steps)), spec.final)
+            decay = min(spec.decay_steps, length)
+            return _fall(min(1.0, max(0.0, (step - steps + decay) / decay)), spec.final)
         case "plateau":
             return float(spec.factor**drops)
         case _:
