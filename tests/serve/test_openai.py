@@ -109,6 +109,22 @@ def test_a_completion_is_what_the_engine_says(client: OpenAI) -> None:
     assert by_tokens.choices[0].text == answer.choices[0].text
 
 
+def test_what_is_null_is_left_out_also_in_a_turn(client: OpenAI) -> None:
+    """As a client writes an answer back into the chat."""
+    turn: Any = {"role": "user", "content": "a field of", "refusal": None, "tool_calls": None}
+    body = {"tools": None, "response_format": {"type": "text"}, "parallel_tool_calls": None}
+    answer = client.chat.completions.create(
+        model="rays", messages=[turn], max_tokens=2, extra_body=body
+    )
+    assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("version", ["latest", "v2", "-1", "1:2", "01", "1234567890", ""])
+def test_what_is_no_version_of_a_model_is_not_found(client: OpenAI, version: str) -> None:
+    with pytest.raises(NotFoundError):
+        client.completions.create(model=f"rays:{version}", prompt="a", max_tokens=1)
+
+
 def test_a_seed_repeats_and_choices_differ(client: OpenAI) -> None:
     def ask() -> list[str]:
         answer = client.completions.create(

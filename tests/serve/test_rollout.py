@@ -59,6 +59,7 @@ class FakeServe(BaseHTTPRequestHandler):
 
     settle: Callable[[int], App | None]
     num_configs = 0
+    deployed: App
     http_options = HTTP_OPTIONS
 
     def do_GET(self) -> None:
@@ -70,7 +71,8 @@ class FakeServe(BaseHTTPRequestHandler):
             self.answer({"applications": applications, "http_options": self.http_options})
 
     def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
+        config = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        type(self).deployed = config["applications"][0]
         type(self).num_configs += 1
         self.answer({})
 
@@ -140,6 +142,22 @@ def test_what_runs_stays_in_the_table(store: Store, serve: type[FakeServe]) -> N
         "digits": Placement(number=2, previous=(1,)),
         "letters": Placement(number=4),
     }
+
+
+def test_what_the_table_says_and_nobody_serves_is_deployed(
+    store: Store, serve: type[FakeServe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a deploy was killed between the table and the cluster."""
+    serve.settle = lambda configs: RUNNING | {"deployed_app_config": serve.deployed}
+    deploy(second(store))
+    assert serve.num_configs == 1
+    deploy(second(store))
+    assert serve.num_configs == 1
+    assert "digits:2 is served already" in capsys.readouterr().out
+    serve.deployed["args"]["models"] = {"digits": [1], "letters": [4]}
+    deploy(second(store))
+    assert serve.num_configs == 2
+    assert serve.deployed["args"]["models"]["digits"] == [2, 1]
 
 
 def test_without_keys_it_warns_and_is_refused_where_others_can_reach_it(

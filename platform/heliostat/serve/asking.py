@@ -106,8 +106,13 @@ class Generation(Section):
         return None
 
 
+class TextFormat(Section):
+    type: Literal["text"]
+
+
 class Completion(Generation):
     prompt: Any
+    best_of: Literal[1] | None = None
     logprobs: Shown | None = None
     echo: Literal[False] | None = None
 
@@ -152,6 +157,7 @@ class Chat(Generation):
     max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     logprobs: Flag | None = None
     top_logprobs: Shown | None = None
+    response_format: TextFormat | None = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -185,11 +191,19 @@ def parse(kind: type[AnySection], content_type: str, body: bytes) -> AnySection:
     if not isinstance(document, dict):
         raise Refusal(422, "the body must be an object", "body")
     try:
-        return kind.model_validate(document)
+        return kind.model_validate(_without_nulls(document))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = _show_path(first["loc"])
         raise Refusal(422, f"{field} {_explain(first)}", field) from error
+
+
+def _without_nulls(document: dict[str, Any]) -> dict[str, Any]:
+    """Clients send null for all that they know of and leave out, also in the turns of a chat."""
+    given = {name: value for name, value in document.items() if value is not None}
+    if isinstance(turns := given.get("messages"), list):
+        given["messages"] = [_without_nulls(one) if isinstance(one, dict) else one for one in turns]
+    return given
 
 
 def make_asks(

@@ -108,7 +108,7 @@ def _take_over(store: Store, client: Serve, version: registry.Version, how: Depl
         return place(table, name, placed, deploy=deploy, code=code)
 
     if placed == Placement(number=number, previous=placed.previous if placed else ()) and (
-        (table.deploy, table.code) == (deploy, code) and _runs(client)
+        (table.deploy, table.code) == (deploy, code) and _serves(store, client, table)
     ):
         print(f"{version.ref} is served already", flush=True)
         return
@@ -439,6 +439,10 @@ def _is_ours(application: str) -> bool:
     return application == APPLICATION or application.startswith(name_candidate(""))
 
 
-def _runs(client: Serve) -> bool:
+def _serves(store: Store, client: Serve, table: Table) -> bool:
+    """Whether what runs is what the table says: who changed that may have died before the rest."""
     app = client.describe()["applications"].get(APPLICATION)
-    return app is not None and app["status"] == "RUNNING"
+    if app is None or app["status"] != "RUNNING":
+        return False
+    deployed, (wanted,) = app["deployed_app_config"] or {}, _serve_all(store, table, (), 0)
+    return all(deployed.get(key) == wanted[key] for key in ("args", "runtime_env"))

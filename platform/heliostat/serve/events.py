@@ -70,7 +70,9 @@ class EventStream(Response):
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns, which is cancelled when the client leaves.
+    """What `work` returns, which is cancelled when the client leaves or nobody waits any more.
+
+    It has ended when this does: what it charges at its end is charged.
 
     Raises:
         ClientDisconnect: it has left.
@@ -85,6 +87,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         leaving.cancel()
         working.cancel()
+        await asyncio.wait({working})
 
 
 async def leave(receive: Receive) -> None:

@@ -1,5 +1,6 @@
 """OpenAI's completions and chats over the language models of a shelf, whole or streamed."""
 
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -37,6 +38,7 @@ from heliostat.serve.shelf import Shelf
 from heliostat.signature import NextToken, output_from_json
 
 DONE = b"data: [DONE]\n\n"
+VERSION = re.compile("[1-9][0-9]{0,8}")
 
 Document = dict[str, Any]
 Tell = Callable[[Language, tuple[Token, ...]], Document]
@@ -170,9 +172,11 @@ def list_paths(versions: Sequence[Version]) -> Paths:
 
 
 def read_model(model: str) -> tuple[str, int | None]:
-    """`name`, or `name:3` for one version of it."""
-    name, _, number = model.partition(":")
-    return name, int(number) if number.isdecimal() and len(number) < 10 else None
+    """`name`, or `name:3` for one version of it; what is neither is the name of no model."""
+    name, colon, number = model.partition(":")
+    if not colon or not VERSION.fullmatch(number):
+        return model, None
+    return name, int(number)
 
 
 def start(language: Language, choices: list[Choice]) -> Answer:

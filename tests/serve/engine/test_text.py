@@ -2,6 +2,8 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 
 from heliostat.data.tokens import parse_tokenizer
 from heliostat.serve.engine.text import Spelling
@@ -36,6 +38,27 @@ def test_any_tokens_are_spelled_as_the_tokenizer_does(ids: list[int]) -> None:
     pieces = [spelling.add(token) for token in ids] + [spelling.finish()]
     whole = TOKENS.decode([*PROMPT, *ids])[len("a field of") :]
     assert "".join(pieces) == whole
+
+
+def make_bytewise() -> Tokenizer:
+    """As of Llama 2: what is not in the vocabulary is bytes, which are decoded all or none."""
+    vocab = {"<unk>": 0, "\u2581of": 1, "a": 2, "b": 3}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+BYTEWISE = make_bytewise()
+
+
+@given(prompt=st.text(alphabet="ab☀é😀", max_size=12), text=st.text(alphabet="ab☀é😀", max_size=24))
+def test_bytes_that_are_decoded_together_are_spelled_too(prompt: str, text: str) -> None:
+    before = [1, *BYTEWISE.encode(prompt).ids]
+    spelling = Spelling(BYTEWISE, before)
+    said = [spelling.add(token) for token in BYTEWISE.encode(text).ids] + [spelling.finish()]
+    assert "".join(said) == text
 
 
 @given(text=texts, stops=st.lists(st.text(alphabet="ab ☀é", min_size=1, max_size=4), max_size=3))

@@ -13,26 +13,26 @@ class Spelling:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        self._window = list(prompt[-CONTEXT_TOKENS:])
-        self._told = self._decode()
+        self._window = self._cut_window(list(prompt[-2 * MAX_TOKENS :]))
+        self._told = self._decode(self._window)
         self._held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
         """The text that is certain now."""
         self._window.append(token)
-        text = self._decode()
+        text = self._decode(self._window)
         if text.endswith(UNFINISHED):
             return ""
         new, self._told = text[len(self._told) :], text
         if len(self._window) > MAX_TOKENS:
-            self._window = self._window[-CONTEXT_TOKENS:]
-            self._told = self._decode()
+            self._window = self._cut_window(self._window)
+            self._told = self._decode(self._window)
         return self._cut(new)
 
     def finish(self) -> str:
         """The rest of the text: there is no further token."""
-        rest = self._cut(self._decode()[len(self._told) :])
+        rest = self._cut(self._decode(self._window)[len(self._told) :])
         return rest if self.stopped else rest + self._held
 
     def _cut(self, new: str) -> str:
@@ -49,8 +49,18 @@ class Spelling:
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
-    def _decode(self) -> str:
-        decoded: str = self._tokenizer.decode(self._window)
+    def _cut_window(self, tokens: list[int]) -> list[int]:
+        """The last CONTEXT_TOKENS, and those before that belong to their first character.
+
+        Some tokenizers give up all bytes that stand together for the first that is out of place.
+        """
+        begin = max(0, len(tokens) - CONTEXT_TOKENS)
+        while begin and self._decode(tokens[begin:]).startswith(UNFINISHED):
+            begin -= 1
+        return tokens[begin:]
+
+    def _decode(self, tokens: list[int]) -> str:
+        decoded: str = self._tokenizer.decode(tokens)
         return decoded
 
 
