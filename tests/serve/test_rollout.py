@@ -24,6 +24,7 @@ from heliostat.errors import HeliostatError
 from heliostat.serve import control
 from heliostat.serve.control import HTTP_OPTIONS
 from heliostat.serve.deploy import deploy as release
+from heliostat.serve.replica import name_proof
 from heliostat.serve.table import (
     TABLE_KEY,
     Placement,
@@ -151,6 +152,7 @@ def test_what_the_table_says_and_nobody_serves_is_deployed(
     serve.settle = lambda configs: RUNNING | {"deployed_app_config": serve.deployed}
     deploy(second(store))
     assert serve.num_configs == 1
+    assert store.stat(name_proof(serve.deployed["args"]))
     deploy(second(store))
     assert serve.num_configs == 1
     assert "digits:2 is served already" in capsys.readouterr().out
@@ -200,6 +202,8 @@ def test_a_version_that_cannot_start_is_taken_back_with_its_reason(
     with pytest.raises(HeliostatError, match=r"^digits:2 was not deployed, digits:1 is still serv"):
         deploy(second(store))
     assert (read_table(store), serve.num_configs) == (SERVED, 2)
+    proven = [entry.key for entry in store.list("serving/proven/")]
+    assert proven == [name_proof(serve.deployed["args"])]  # of what was served before
 
 
 def test_the_first_reason_is_told_if_taking_back_fails_too(

@@ -3,15 +3,19 @@
 import asyncio
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploying import publish
 from heliostat.errors import HeliostatError
 from heliostat.registry import Version
+from heliostat.serve.replica import Plan, fill_shelf, name_proof
 from heliostat.serve.replies import Refusal
 from heliostat.serve.shelf import Served, Shelf
+from heliostat.storage import connect
 from serving import TABLE, serve
 
 NAMES = ("a", "b", "c", "d")
@@ -110,3 +114,42 @@ def test_filling_stops_where_the_room_ends() -> None:
     shelf = make_shelf(loader, 2)
     shelf.fill()
     assert shelf.loaded == ["a:1", "b:2"]
+
+
+def test_what_cannot_be_loaded_is_a_reason_not_to_begin_but_none_to_end() -> None:
+    loader = Loader()
+    loader.broken.add("a")
+    shelf = make_shelf(loader, 2)
+    with pytest.raises(HeliostatError, match="damaged"):
+        shelf.fill()
+    assert shelf.loaded == []
+    shelf.fill(strict=False)
+    assert shelf.loaded == ["b:2", "c:3"]
+
+
+def test_a_replica_begins_again_without_what_was_damaged_since(tmp_path: Path) -> None:
+    store = connect(str(tmp_path))
+    versions = [publish(store, seed, name) for seed, name in enumerate(("letters", "digits"))]
+    plan = Plan(
+        root=store.uri,
+        models={"letters": (1,), "digits": (1,)},
+        max_latency_ms=None,
+        max_model_bytes=2**30,
+        max_body_bytes=2**20,
+        max_requests=8,
+        request_timeout_s=30,
+        max_streams=4,
+        max_context=None,
+        vllm=None,
+        gpus=0,
+        auth=False,
+        scales=False,
+    )
+    assert fill_shelf(plan).loaded == ["letters:1", "digits:1"]
+    store.write(versions[0].weights_key, store.read(versions[0].weights_key)[:-1])
+    with pytest.raises(HeliostatError, match="letters"):
+        fill_shelf(plan)
+    store.write(name_proof(plan.model_dump(mode="json")), b"")
+    assert fill_shelf(plan).loaded == ["digits:1"]
+    store.delete(versions[0].key)
+    assert fill_shelf(plan).loaded == ["digits:1"]

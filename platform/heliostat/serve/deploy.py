@@ -22,6 +22,7 @@ from heliostat.serve.replica import (
     build_application,
     build_candidate,
     name_candidate,
+    name_proof,
 )
 from heliostat.serve.scaling import Policy
 from heliostat.serve.table import (
@@ -265,6 +266,9 @@ def roll_out(store: Store, client: Serve) -> None:
             break
     if reason:
         raise HeliostatError(reason)
+    for app in config["applications"]:
+        if _is_ours(app["name"]):
+            store.write(name_proof(app["args"]), b"")
 
 
 def plan_configs(store: Store, table: Table, details: dict[str, Any]) -> Iterator[dict[str, Any]]:

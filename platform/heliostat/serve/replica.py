@@ -1,5 +1,6 @@
 """The processes that answer, as Ray Serve starts them."""
 
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,19 @@ from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Message
 
 from heliostat import registry
+from heliostat.errors import HeliostatError
 from heliostat.serve.fork import Call, Fork, Side, replay
 from heliostat.serve.load import Load
 from heliostat.serve.table import Candidate
-from heliostat.spec import Positive, Section, VllmSpec
+from heliostat.spec import Positive, Section, VllmSpec, digest
 from heliostat.storage import connect
 
 if TYPE_CHECKING:
     from heliostat.serve.door import Limits
     from heliostat.serve.shelf import Shelf
+
+
+logger = logging.getLogger(__name__)
 
 
 class Plan(Section):
@@ -39,31 +44,48 @@ class Plan(Section):
     scales: bool
 
 
+def name_proof(plan: Mapping[str, Any]) -> str:
+    """The key of the object that a deploy writes once replicas of this plan, as JSON, run."""
+    return f"serving/proven/{digest(plan)}"
+
+
 def fill_shelf(plan: Plan) -> "Shelf":
     """The models of a plan, loaded as far as they fit.
 
+    Where replicas of this plan have run before, what became of one model since then is no reason to
+    be without the others: it answers 503, or 404 where nobody knows the version any more.
+
     Raises:
-        HeliostatError: a version is unknown or damaged, answers otherwise than its examples say,
-            or too slowly.
+        HeliostatError: at the first time, a version is unknown or damaged, answers otherwise than
+            its examples say, or too slowly.
     """
     from heliostat.serve.language import Room
     from heliostat.serve.shelf import OWN_ENGINE, Shelf, load
     from heliostat.serve.vllm import load_vllm
 
     store = connect(plan.root)
-    models = {
-        name: [registry.resolve(store, f"{name}:{number}") for number in numbers]
-        for name, numbers in plan.models.items()
-    }
+    strict = store.stat(name_proof(plan.model_dump(mode="json"))) is None
+    models = {}
+    for name, numbers in plan.models.items():
+        try:
+            models[name] = [registry.resolve(store, f"{name}:{number}") for number in numbers]
+        except HeliostatError as error:
+            if strict:
+                raise
+            logger.error("%s is not served: %s", name, error)
     room = Room(plan.max_streams, plan.max_context, plan.max_requests)
     load_text = OWN_ENGINE
     if plan.vllm:
         load_text = partial(load_vllm, settings=plan.vllm, gpus=int(plan.gpus))
     load_one = partial(
-        load, store, room=room, max_latency_ms=plan.max_latency_ms, load_text=load_text
+        load,
+        store,
+        room=room,
+        max_latency_ms=plan.max_latency_ms if strict else None,
+        load_text=load_text,
     )
     shelf = Shelf(models, load_one, plan.max_model_bytes)
-    shelf.fill()
+    shelf.fill(strict)
     return shelf
 
 

@@ -133,14 +133,21 @@ class Shelf:
         """The references of what is in memory, that used last at the end."""
         return list(self._loaded)
 
-    def fill(self) -> None:
+    def fill(self, strict: bool = True) -> None:
         """Load the first version of each name, as many as fit.
 
         Raises:
-            HeliostatError: one of them cannot be loaded.
+            HeliostatError: one of them cannot be loaded, if this is `strict`; else it is left to be
+                tried again by who asks for it.
         """
         for first, *_ in self.models.values():
-            served = self._read(first)
+            try:
+                served = self._read(first)
+            except HeliostatError as error:
+                if strict:
+                    raise
+                logger.error("%s cannot be loaded: %s", first.ref, error)
+                continue
             if self._loaded and self.size + served.size > self._max_bytes:
                 return
             self._keep(served)
