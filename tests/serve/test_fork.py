@@ -1,6 +1,7 @@
 """A candidate beside what is served: what it does is never the client's loss."""
 
 import asyncio
+import json
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -118,12 +119,31 @@ def test_a_client_that_leaves_is_no_failure_of_the_canary(begins: bool) -> None:
     assert not counts.sums
 
 
-def test_a_request_that_is_refused_is_no_failure() -> None:
+def test_a_request_that_both_refuse_is_no_failure() -> None:
     counts = Counts()
     answer = Client(make_fork(ask_next, counts)).post(PATH, json={"instances": []})
     assert answer.status_code == 422
     check_error(answer)
     assert (counts.sums["candidate"].requests, counts.sums["candidate"].failures) == (1, 0)
+
+
+async def answer_422(name: str, call: Call) -> AsyncGenerator[Message]:
+    yield {"type": "http.response.start", "status": 422, "headers": []}
+    yield {"type": "http.response.body", "body": b"{}"}
+
+
+@pytest.mark.parametrize("mode", ["canary", "shadow"])
+def test_what_only_the_candidate_refuses_is_its_failure_and_not_the_clients(mode: str) -> None:
+    counts = Counts()
+
+    async def run() -> list[Message]:
+        fork = make_fork(answer_422, counts, mode=mode)
+        sent = await call_app(fork, PATH, json.dumps(ROWS).encode())
+        await asyncio.gather(*fork._shadows)
+        return sent
+
+    assert asyncio.run(run())[0]["status"] == 200
+    assert (counts.sums["candidate"].requests, counts.sums["candidate"].failures) == (1, 1)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

@@ -72,8 +72,13 @@ class Fork:
         chosen = is_chosen(candidate, name, tag)
         call = Call(scope["path"], scope["query_string"], _carried(scope), body)
         if chosen and candidate.terms.mode == "canary":
-            if not await self._forward(name, call, visit, send):
-                await self._app(scope, receive, send)
+            tried = await self._forward(name, call, visit, send)
+            if tried.begun:
+                return
+            seen = _Seen(send)
+            await self._app(scope, receive, seen.send)
+            if tried.seconds is not None:  # refused: a failure where the version served answers
+                self._count(name, "candidate", tally(seen.status < 400, tried.seconds))
             return
         seen = _Seen(send)
         began = time.perf_counter()
@@ -85,9 +90,9 @@ class Fork:
             self._shadows.add(task)
             task.add_done_callback(self._shadows.discard)
 
-    async def _forward(self, name: str, call: Call, visit: Visit, send: Send) -> bool:
-        """Let the candidate answer; whether it has begun to."""
-        began, counts = time.perf_counter(), True
+    async def _forward(self, name: str, call: Call, visit: Visit, send: Send) -> "_Tried":
+        """Let the candidate answer; what it refuses is no answer yet."""
+        began, counts, refused = time.perf_counter(), True, False
         answered = _Seen(send)
         try:
             async with (
@@ -100,9 +105,10 @@ class Fork:
                         visit.enter(name)
                         visit.version = message["version"]
                         visit.count(**message["used"])
-                    elif answered.begun or message["status"] < 500:
+                    elif answered.begun or message["status"] < 400:
                         await answered.send(message)
                     else:
+                        refused = 400 <= message["status"] < 500
                         break
         except asyncio.CancelledError:  # the client has left, which says nothing of the candidate
             counts = False
@@ -112,10 +118,10 @@ class Fork:
             if answered.begun:
                 raise
         finally:
-            if counts:
+            if counts and not refused:
                 failed = not answered.ended
                 self._count(name, "candidate", tally(failed, time.perf_counter() - began))
-        return answered.begun
+        return _Tried(answered.begun, time.perf_counter() - began if refused else None)
 
     async def _shadow(self, name: str, candidate: Candidate, call: Call, served: Answer) -> None:
         began = time.perf_counter()
@@ -124,11 +130,20 @@ class Fork:
             async with asyncio.timeout(self._patience_s):
                 async for message in self._ask(name, call):
                     await answered.send(message)
-        failed = not answered.ended or answered.status >= 500
+        refused = answered.status >= 400 > served.status
+        failed = not answered.ended or answered.status >= 500 or refused
         one = tally(failed, time.perf_counter() - began)
-        if not one.failures:
+        if not one.failures and not served.is_stream:
             one = compare(one, difference(served, answered.answer), candidate.terms)
         self._count(name, "candidate", one)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Whether a candidate has begun to answer; the seconds after which it refused, if it did."""
+
+    begun: bool
+    seconds: float | None
 
 
 class _Seen:

@@ -47,6 +47,11 @@ class Answer:
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether it came in pieces, of which each has its own id."""
+        return dict(self.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+
 
 def difference(one: Answer, other: Answer) -> float:
     """The largest difference of two numbers at one place of two answers; infinite of anything else.

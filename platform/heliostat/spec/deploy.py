@@ -11,11 +11,12 @@ class CandidateSpec(Section):
     """A version beside the one that is served: a `canary` answers, a `shadow` is only asked.
 
     It gets `share` of the requests: of all of them drawn one by one, or those of the same keys
-    every time (`by: key`). After `min_requests` it takes over (a shadow does not) unless its share
-    of failed answers is surely above `max_error_share` and that of the served one, its 95th
-    percentile of latency above `max_latency_ratio` times that of the served one, or, of a shadow,
-    its answers differ by more than `max_difference`. It is taken back after `timeout_s` without as
-    many requests.
+    every time (`by: key`). Where it fails or refuses, the version that is served answers; a refusal
+    is a failure if that one does not refuse as well. After `min_requests` it takes over (a shadow
+    does not) unless its share of failures is surely above `max_error_share` and that of the served
+    one, its 95th percentile of latency above `max_latency_ratio` times that of the served one, or,
+    of a shadow, its answers differ by more than `max_difference` (those that are streamed are not
+    compared). It is taken back after `timeout_s` without as many requests.
     """
 
     mode: Literal["canary", "shadow"] = "canary"
