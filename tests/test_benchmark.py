@@ -11,7 +11,7 @@ import pytest
 from heliostat import storage
 from heliostat.benchmark import turns
 from heliostat.benchmark.train import read_events
-from heliostat.benchmark.turns import WARM_TURNS, Turn, find_paces
+from heliostat.benchmark.turns import WARM_TURNS, Turn, compare, find_paces
 from heliostat.metrics import emit
 from heliostat.train.events import EventFiles
 
@@ -47,6 +47,12 @@ def test_the_pace_is_that_within_the_turns_of_one_side() -> None:
         assert find_paces(taken, side, ends[side], 1) == pytest.approx([pace] * (6 - WARM_TURNS))
         rare = ends[side][2::3]
         assert find_paces(taken, side, rare, 3) == pytest.approx([pace] * (6 - WARM_TURNS))
+
+
+def test_noise_that_lasts_longer_than_a_turn_is_in_both_sides() -> None:
+    noise = [1 + 0.1 * turn for turn in range(20)]  # the machine gets slower and slower
+    ones, others = [0.9 * level for level in noise[::2]], noise[1::2]
+    assert compare(ones, others) == pytest.approx((0.9, 0))
 
 
 def test_who_waits_for_a_turn_is_stopped_and_all_go_on_in_the_end(

@@ -28,7 +28,7 @@ from tensorboardX.proto.event_pb2 import Event
 from heliostat import spec, storage
 from heliostat.benchmark.stock import Task
 from heliostat.benchmark.torchrun import Torchrun, start_torchrun
-from heliostat.benchmark.turns import find_paces, take_turns
+from heliostat.benchmark.turns import compare, find_paces, take_turns
 from heliostat.data.manifest import Manifest
 from heliostat.data.prepare import prepare
 from heliostat.errors import HeliostatError
@@ -68,7 +68,7 @@ class Peer:
 def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
     """Measure `only` steps, checkpoint, submit or kill, or all; peers in turn.
 
-    Steps: the median turn of `repeats` runs of both. A checkpoint: the median of SAVES. A
+    Steps: the mean turn of `repeats` runs of both. A checkpoint: the median of SAVES. A
     submission and a kill: the best of `repeats`.
 
     All train the same network on the same pictures in two processes of one thread each. A peer
@@ -94,15 +94,18 @@ def measure(root: str, repeats: int, only: str | None, say: Say) -> Found:
     def keep(figure: str, name: str, seconds: float) -> None:
         say(f"{name:<10} {seconds:>10.4f} s  {figure.removesuffix('_seconds').replace('_', ' ')}")
         readings[figure, name].append(seconds)
-        summary = statistics.median if figure == "step_seconds" else min
+        summary = statistics.mean if figure == "step_seconds" else min
         found[figure][name] = summary(readings[figure, name])
 
     if only in (None, "steps"):
         for _ in range(repeats):
             with _told("steps", say):
-                for name, paces in time_steps(store, run, pixels, labels).items():
-                    for pace in paces:
+                paces = time_steps(store, run, pixels, labels)
+                for name in paces:
+                    for pace in paces[name]:
                         keep("step_seconds", name, pace)
+                ratio, error = compare(paces["heliostat"], paces["torchrun"])
+                say(f"a step is {ratio:.3f} +- {error:.3f} of torchrun's, turn beside turn")
     if only in (None, "checkpoint"):
         with _told("checkpoint", say):
             stall, wait, size = run_saving(store.uri, run)

@@ -1,5 +1,6 @@
 """Two trainings that take turns of seconds on one machine, so that both have the same noise."""
 
+import math
 import signal
 import statistics
 import time
@@ -50,6 +51,15 @@ def find_paces(turns: Sequence[Turn], side: int, ends: Sequence[float], every: i
     """
     mine = [turn for turn in turns if turn.side == side][WARM_TURNS:]
     return [pace for turn in mine for pace in _find_pace(turn, ends, every)]
+
+
+def compare(ones: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The mean ratio of a turn of `ones`, who began, to the mean of the two of `others` around it,
+    and the standard error of that. Noise that lasts longer than a turn is in both.
+    """
+    around = [(before + after) / 2 for before, after in pairwise(others)]
+    ratios = [one / other for one, other in zip(ones[1:], around, strict=False)]
+    return statistics.mean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
 
 
 def _find_pace(turn: Turn, ends: Sequence[float], every: int) -> Iterator[float]:
