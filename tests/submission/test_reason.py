@@ -9,6 +9,7 @@ KINDS = (Kind("head", {"CPU": 4.0}, 1),)
 HOLDERS = (Holder("job big", {"CPU": 3.0}),)
 WORKERS = Request("a group of workers", ({"CPU": 1.0}, {"CPU": 1.0}))
 GPUS = Request("a group of workers", ({"CPU": 1.0, "GPU": 8.0},))
+LICENCE = Request("its program", ({"licence": 1.0, "CPU": 2.0},))
 STEP = "\x1b[36m(RayTrainWorker pid=1)\x1b[0m step 1,200/4,000  epoch 3  loss 1  wait {}%  MFU 3%"
 
 
@@ -52,6 +53,12 @@ STEP = "\x1b[36m(RayTrainWorker pid=1)\x1b[0m step 1,200/4,000  epoch 3  loss 1 
         (
             Situation("RUNNING", "", "ALIVE", (GPUS,), KINDS, HOLDERS),
             "no node of this cluster can have 1 CPU and 8 GPU: it will never start",
+            True,
+        ),
+        (
+            Situation("PENDING", "", "PENDING_CREATION", (LICENCE,), KINDS, HOLDERS),
+            "its program needs 1 x 2 CPU and 1 licence, and no node of this cluster can have 2 CPU "
+            "and 1 licence: it will never start",
             True,
         ),
         (

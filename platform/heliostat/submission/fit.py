@@ -72,6 +72,7 @@ def describe(kinds: Sequence[Kind]) -> str:
 
 
 def show(resources: Resources) -> str:
-    """`1 CPU and 2 GPU`; what Ray counts for itself is left out."""
-    told = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    """`1 CPU and 2 GPU`, and then what else there is by name."""
+    names = ("CPU", "GPU", *sorted(resources.keys() - {"CPU", "GPU"}))
+    told = [f"{resources[name]:g} {name}" for name in names if resources.get(name)]
     return " and ".join(told) or "no CPU"

@@ -27,6 +27,7 @@ from heliostat.submission.reason import ENDED, Holder, Request, Situation
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 SUPERVISOR = "_ray_internal_job_actor_"
 NODE_GROUP = "ray.io/node-group"
+OWN_RESOURCES = ("memory", "object_store_memory", *PURPOSES)
 UNPLACED = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 # Without the second, Ray takes nodes that have died for some that it could not list.
 ALL: dict[str, Any] = {"limit": 10_000, "raise_on_missing_output": False}
@@ -253,7 +254,7 @@ def read_kinds(cluster_file: Path) -> tuple[tuple[Kind, ...], bool]:
 
 def _find_resources(node_type: Mapping[str, Any]) -> dict[str, float]:
     if node_type.get("resources"):
-        return {name: float(amount) for name, amount in node_type["resources"].items()}
+        return _plain(node_type["resources"])
     name = (node_type.get("node_config") or {}).get("InstanceType")
     machine = next((one for one in MACHINES if one.name == name), None)
     return {"CPU": machine.vcpus, "GPU": machine.accelerators} if machine else {}
@@ -308,8 +309,12 @@ def _bundles(group: Any) -> list[dict[str, float]]:
 
 
 def _plain(resources: Any) -> dict[str, float]:
-    """CPUs and GPUs alone."""
-    return {name: float(resources[name]) for name in ("CPU", "GPU") if (resources or {}).get(name)}
+    """CPUs, GPUs, and what users declare; without what Ray and the pools count for themselves."""
+    return {
+        name: float(amount)
+        for name, amount in (resources or {}).items()
+        if amount and not (name in OWN_RESOURCES or ":" in name or "_group_" in name)
+    }
 
 
 def _read(details: Any) -> JobState:
