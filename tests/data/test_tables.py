@@ -148,6 +148,16 @@ def test_the_user_is_the_first_id_of_the_section_whatever_the_order_of_the_file(
     assert [name for name, kind in kinds.items() if kind == "id"] == ["book", "user"]
 
 
+@pytest.mark.parametrize(
+    "section", [{"label": "y"}, {"label": "t"}, {"format": "text", "text": {"column": "t"}}]
+)
+def test_a_text_in_parquet_that_is_not_utf8_is_a_sentence(read: Read, section: Any) -> None:
+    latin = pa.array([b"a", "é".encode("latin-1")], pa.binary()).view(pa.string())
+    data = {"t.parquet": parquet({"t": latin, "y": ["p", "q"]})}
+    with pytest.raises(HeliostatError, match=r"t\.parquet is not a readable Parquet file: .*UTF8"):
+        read(data, **section)
+
+
 def test_parquet_columns_by_their_types(read: Read) -> None:
     noon = datetime.datetime(1970, 1, 2, tzinfo=datetime.UTC)
     columns = {

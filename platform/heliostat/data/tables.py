@@ -449,7 +449,11 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    """The values themselves; raises ArrowInvalid if one says that it is a text and is not UTF-8."""
+    values = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        values.validate(full=True)
+    return values
 
 
 def _kind_of(kind: pa.DataType) -> str:
