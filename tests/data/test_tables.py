@@ -158,6 +158,14 @@ def test_a_text_in_parquet_that_is_not_utf8_is_a_sentence(read: Read, section: A
         read(data, **section)
 
 
+def test_a_stray_quote_between_tabs_hides_no_row(read: Read) -> None:
+    lines = ["id\ttitle\ty", "1\tplain\ta", '2\t"Weird\tb', "3\tplain\ta", '4\t"x\tb']
+    lines += ['5\t"q"\ta', "6\tplain\tb"]
+    _, rows = read({"t.tsv": "\n".join(lines).encode()}, label="y")
+    assert [problem is None for problem in rows["problem"].to_pylist()] == [True, False, True, True]
+    assert "a quote that takes in other lines" in rows["problem"][1].as_py()
+
+
 def test_parquet_columns_by_their_types(read: Read) -> None:
     noon = datetime.datetime(1970, 1, 2, tzinfo=datetime.UTC)
     columns = {

@@ -347,7 +347,7 @@ def open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch
         try:
             header = [name.strip() for name in next(reader, [])]
             _check_header(header, f"{store.uri}/{key}")
-            yield header, _batches(header, reader)
+            yield header, _batches(header, reader, delimiter)
         except csv.Error as error:
             raise HeliostatError(f"{store.uri}/{key}, line {reader.line_num}: {error}") from error
 
@@ -365,10 +365,10 @@ def _check_header(header: list[str], place: str) -> None:
         )
 
 
-def _batches(header: list[str], lines: Iterator[list[str]]) -> Iterator[Batch]:
+def _batches(header: list[str], lines: Iterator[list[str]], delimiter: str) -> Iterator[Batch]:
     numbered = enumerate(line for line in lines if line)
     while batch := list(islice(numbered, BATCH_ROWS)):
-        problems = [_find_problem(line, len(header)) for _, line in batch]
+        problems = [_find_problem(line, len(header), delimiter) for _, line in batch]
         blank = [""] * len(header)
         cells = [
             blank if problem else line for (_, line), problem in zip(batch, problems, strict=True)
@@ -378,9 +378,12 @@ def _batches(header: list[str], lines: Iterator[list[str]]) -> Iterator[Batch]:
         yield Batch(rows, problems, dict(zip(header, columns, strict=True)))
 
 
-def _find_problem(line: list[str], fields: int) -> str | None:
+def _find_problem(line: list[str], fields: int, delimiter: str) -> str | None:
     if len(line) != fields:
         return f"{len(line)} fields instead of {fields}"
+    # A quote within a text, as files with tabs often have it, takes all rows up to the next one.
+    if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in line):
+        return "a quote that takes in other lines: double it, or take quotes out"
     return "not UTF-8 text" if SURROGATES.search("".join(line)) else None
 
 
