@@ -150,7 +150,7 @@ def test_a_program_that_never_gets_its_place_fails_in_time_and_leaves_nothing(
     )
     wait_until(lambda: "nobody-has-this" in run(folder, "why", name).stdout, 60)
     wait_until(lambda: client.get_job_status(name) == JobStatus.FAILED, 180)
-    assert "120 seconds" in client.get_job_info(name).message
+    assert "within 120.0 seconds" in client.get_job_info(name).message
     assert "it has ended: FAILED" in run(folder, "why", name).stdout
     wait_until(lambda: find_supervisors(name) <= {"DEAD"}, 60)
 
