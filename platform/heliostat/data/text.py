@@ -296,7 +296,7 @@ def cut(stream: BinaryIO, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
     """All of the stream in pieces of `piece_bytes` or up to twice that; one ends with a line, or
     where there is none with a character of UTF-8."""
     rest = b""
-    while more := read_full(stream, piece_bytes):
+    while more := _read_full(stream, piece_bytes):
         piece = rest + more
         end = piece.rfind(b"\n") + 1 or _count_whole(piece)
         yield piece[:end]
@@ -305,7 +305,7 @@ def cut(stream: BinaryIO, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
         yield rest
 
 
-def read_full(stream: BinaryIO, size: int) -> bytes:
+def _read_full(stream: BinaryIO, size: int) -> bytes:
     """So many bytes, fewer only at the end of the stream."""
     data = b""
     while len(data) < size and (more := stream.read(size - len(data))):
