@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.data.features import NUMBERS, ImageFeatures
-from heliostat.data.manifest import Manifest, Shard, content_version, data_key
+from heliostat.data.manifest import REPORTED, Manifest, Shard, content_version, data_key
 from heliostat.data.shards import WEIGHT, row_bytes, write_shard
 from heliostat.signature import Classes
 from heliostat.storage import Store
@@ -47,7 +47,7 @@ def store_images(
         features=ImageFeatures(SIDE, SIDE, 1, (0.0,), (1 / 255,)),
         shards=tuple(shards),
         spec={},
-        report={},
+        report=dict.fromkeys(REPORTED, 0),
     )
     manifest = replace(manifest, version=content_version(manifest))
     key = data_key(manifest.name, manifest.version, "manifest.json")

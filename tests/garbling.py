@@ -15,3 +15,12 @@ class GarblingStore(LocalStore):
             self.seen.add((key, offset))
             data[-1] ^= 1
         return data
+
+
+class ForgetfulStore(LocalStore):
+    """As read by a machine whose memory loses a bit, each time."""
+
+    def read_range(self, key: str, offset: int, length: int) -> bytearray:
+        data = super().read_range(key, offset, length)
+        data[-1] ^= 1
+        return data

@@ -147,9 +147,8 @@ def make_plan(store: Store, version: registry.Version, spec: RunSpec) -> tuple[S
         )
     listing = [[entry.key, entry.size, entry.etag] for entry in source.entries]
     inputs = [FORMAT, version.ref, version.weights_sha256, source.uri, source.form, listing]
-    prefix = (
-        f"predictions/{version.name}/{version.number}/{digest([*inputs, data.text.column])[:16]}"
-    )
+    name = digest([*inputs, data.text.column, *data.header])[:16]
+    prefix = f"predictions/{version.name}/{version.number}/{name}"
     layout = _lay_out(features, data)
     return source, Plan(
         store, source.store, source.form, layout, version, prefix, spec.predict.batch
@@ -338,6 +337,7 @@ def _as_source(version: registry.Version, features: Features, spec: RunSpec) -> 
         update={
             "source": spec.predict.source,
             "format": "text" if isinstance(features, TextFeatures) else given,
+            "header": spec.predict.header,
             "split": SplitSpec(),
         }
     )
@@ -353,7 +353,8 @@ def _lay_out(features: Features, data: DataSpec) -> Layout:
         case TextFeatures(length=length):
             return TextLayout(True, length, data.text.column, None)
         case TableFeatures(columns):
-            return TableLayout((), {column.name: _kind_of(column) for column in columns})
+            kinds = {column.name: _kind_of(column) for column in columns}
+            return TableLayout((), kinds, data.header)
     raise TypeError("such rows are not read")
 
 

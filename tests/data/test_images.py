@@ -139,6 +139,21 @@ def test_idx_images_can_be_given_another_size_and_have_colours(
     assert rows["image"].to_pylist() == [bytes([50] * 12)] * 2
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [None, (2, 3)])
+def test_idx_images_are_the_same_with_their_channels_first(
+    read: Read, idx: Callable[[Any], bytes], channels: int, size: tuple[int, int] | None
+) -> None:
+    last = np.random.default_rng(1).integers(256, size=(4, 6, 5, channels))
+    survey, rows = read({TRAIN: idx(last), LABELS: idx([0, 1, 0, 1])}, image_size=size)
+    first = idx(last.transpose(0, 3, 1, 2))
+    again, same = read({TRAIN: first, LABELS: idx([0, 1, 0, 1])}, image_size=size)
+    assert survey.layout == again.layout == ImageLayout(*(size or (6, 5)), channels)
+    assert rows["image"] == same["image"]
+    if size is None:
+        assert b"".join(rows["image"].to_pylist()) == last.astype(np.uint8).tobytes()
+
+
 def test_images_that_cannot_be_a_data_set_are_refused(
     read: Read, png: Callable[..., bytes], idx: Callable[[Any], bytes]
 ) -> None:
@@ -161,6 +176,10 @@ def test_images_that_cannot_be_a_data_set_are_refused(
             LABELS: labels,
             "t10k-images-idx3-ubyte": idx(np.zeros((2, 5, 5))),
             "t10k-labels-idx1-ubyte": labels,
+        },
+        "images of 4x4x2: give them one or three channels": {
+            TRAIN: idx(np.zeros((2, 4, 4, 2))),
+            LABELS: labels,
         },
         "is not an IDX file": {TRAIN: gzip.compress(b"hello"), LABELS: labels},
         "is not a whole gzip file": {TRAIN: images[:-9], LABELS: labels},

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from datasets import store_images
-from heliostat.data.manifest import Manifest, check_shards, content_version
+from heliostat.data.manifest import Manifest, check_shards, content_version, data_key, load_manifest
 from heliostat.errors import HeliostatError
 from heliostat.storage import Store, connect
 
@@ -41,6 +41,19 @@ def test_a_damaged_shard_is_refused_by_name(store: Store, manifest: Manifest, da
     store.write(key, DAMAGES[damage](store.read(key)))
     with pytest.raises(HeliostatError, match=f"1 of 5 shards .* prepare the data again: {key}"):
         check_shards(store, manifest)
+
+
+@pytest.mark.parametrize("flipped", [b'"rows_baf"', b'"repors"'])
+def test_a_damaged_report_is_refused_before_it_is_read(
+    store: Store, manifest: Manifest, flipped: bytes
+) -> None:
+    key = data_key(manifest.name, manifest.version, "manifest.json")
+    written = store.read(key)
+    store.write(key, written.replace(b'"rows_bad"', flipped).replace(b'"report"', flipped))
+    with pytest.raises(HeliostatError, match=f"{key} is damaged: prepare the data again"):
+        load_manifest(store, manifest.name, manifest.version)
+    store.write(key, written)
+    assert load_manifest(store, manifest.name, manifest.version) == manifest
 
 
 def test_a_missing_shard_is_refused_by_name(store: Store, manifest: Manifest) -> None:

@@ -239,3 +239,17 @@ def test_a_source_of_one_object_may_lie_at_the_top_of_the_root(
     with pytest.raises(HeliostatError, match="run the prepare job first"):
         require_prepared(spec)
     assert prepare(spec) == manifest == require_prepared(spec)
+
+
+@pytest.mark.cluster
+def test_of_two_classes_the_one_that_is_sought_comes_last(cluster: object, bucket: str) -> None:
+    rows = b"n,y\n" + b"".join(b"%d,%s\n" % (i, (b"buy", b"view")[i % 2]) for i in range(60))
+    spec = make_spec(bucket, label="y", positive="buy")
+    upload(spec, {"t.csv": rows})
+    manifest = prepare(spec)
+    assert manifest.output == Classes(("view", "buy"))
+    assert "2 classes: view, buy; buy is the positive one" in summarise(manifest)
+    other = prepare(make_spec(bucket, label="y"))
+    assert other.output == Classes(("buy", "view"))
+    with pytest.raises(HeliostatError, match="positive is 'bought', but the data has .* buy, view"):
+        prepare(make_spec(bucket, label="y", positive="bought"))

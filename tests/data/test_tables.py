@@ -77,6 +77,38 @@ def test_no_code_in_a_parquet_file_runs(
     assert canary.exists()
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "1::10::5::97\n1::20::3::98\n2::10::4::99\n",
+        "1\t10\t5\t97\n1\t20\t3\t98\n2\t10\t4\t99\n",
+        '"1","10",5,97\n1,20,3,98\n2,10,4,99\n',
+    ],
+    ids=["two colons", "tabs", "commas"],
+)
+def test_columns_of_files_without_names_are_named_by_the_spec(read: Read, rows: str) -> None:
+    wanted = {"format": "csv", "label": "rating", "task": "regression"}
+    columns = {"user": "id", "item": "id", "time": "ignore"}
+    with pytest.raises(HeliostatError, match=r"begins with 1: .* or data\.header in its place"):
+        read({"u.data": rows.encode()}, **wanted)
+    header = ("user", "item", "rating", "time")
+    _, table = read({"u.data": rows.encode()}, **wanted, columns=columns, header=header)
+    assert table["label"].to_pylist() == [5, 3, 4]
+    assert table["x.user"].to_pylist() == ["1", "1", "2"]
+    assert table["x.item"].to_pylist() == ["10", "20", "10"]
+    named = "user::item::rating::time\n".replace("::", rows[1] if rows[0] == "1" else ",")
+    if "::" in rows:
+        named = "user::item::rating::time\n"
+    _, again = read({"u.data": (named + rows).encode()}, **wanted, columns=columns)
+    assert again.drop(["id"]) == table.drop(["id"])
+
+
+def test_a_quote_at_the_edge_of_a_field_between_two_colons_is_text(read: Read) -> None:
+    rows = b'title::kind\n"Great Cats::a\nDogs", a play::b\n'
+    _, table = read({"t.csv": rows}, label="kind", columns={"title": "category"})
+    assert table["x.title"].to_pylist() == ['"Great Cats', 'Dogs", a play']
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_a_csv_file_as_people_have_them(read: Read, pack: Callable[[bytes], bytes]) -> None:
     survey, rows = read({"people.csv": pack(CSV)}, label="income")

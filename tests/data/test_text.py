@@ -49,6 +49,7 @@ from heliostat.data.tokens import (
     pack,
     parse_tokenizer,
     read_tokenizer,
+    refuse_other_tokenizer,
     store_tokenizer,
 )
 from heliostat.errors import HeliostatError
@@ -303,7 +304,7 @@ def test_a_text_of_a_class_that_is_too_long_is_a_bad_row(read: Read) -> None:
     assert rows["problem"].to_pylist() == [text.TOO_LONG, None]
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60)), st.integers(4, 40))
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60)), st.integers(5, 40))
 def test_pieces_are_all_of_a_file_and_cut_no_character_and_no_line_that_is_short(
     lines: list[str], piece_bytes: int
 ) -> None:
@@ -528,6 +529,33 @@ def test_tokens_of_words_with_a_mark_for_the_blank_count_their_bytes() -> None:
     other.add_special_tokens(["</s>"])
     vocabulary = describe_tokenizer(other.to_str().encode(), {}, "other")
     assert (vocabulary.end, vocabulary.token_bytes) == (0, (0, 4, 1, 2, 1))
+
+
+def test_special_tokens_that_the_weights_have_no_row_for_are_not_counted() -> None:
+    padded = Tokenizer.from_str(WRITTEN.decode())
+    padded.add_special_tokens(["<pad>"])
+    written = padded.to_str().encode()
+    rows = {"vocab_size": VOCABULARY.size}
+    assert describe_tokenizer(written, {}, "x").size == VOCABULARY.size + 1
+    assert describe_tokenizer(written, rows, "x").size == VOCABULARY.size
+    assert describe_tokenizer(written, rows | {"eos_token": "<pad>"}, "x").size > VOCABULARY.size
+    padded.add_tokens(["a word of its own"])
+    assert describe_tokenizer(padded.to_str().encode(), rows, "x").size == VOCABULARY.size + 2
+
+
+def test_weights_of_another_tokenizer_of_the_same_size_are_refused(tmp_path: Path) -> None:
+    store, folder = LocalStore(str(tmp_path / "store")), tmp_path / "weights"
+    store_tokenizer(store, WRITTEN)
+    folder.mkdir()
+    refuse_other_tokenizer(store, VOCABULARY.sha256, str(folder))
+    (folder / "tokenizer.json").write_bytes(WRITTEN)
+    refuse_other_tokenizer(store, VOCABULARY.sha256, str(folder))
+    swapped = json.loads(WRITTEN)
+    ids = swapped["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(HeliostatError, match=rf"'a', token {ids['b']} .* token {ids['a']} there"):
+        refuse_other_tokenizer(store, VOCABULARY.sha256, str(folder))
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

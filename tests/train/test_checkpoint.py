@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from garbling import GarblingStore
+from garbling import ForgetfulStore, GarblingStore
 from heliostat.errors import HeliostatError
 from heliostat.storage import LocalStore, Store, connect
 from heliostat.train import checkpoint, lease
@@ -184,6 +184,15 @@ def test_no_flipped_bit_of_a_file_goes_unnoticed(
     data[place % len(data)] ^= 1 << bit
     path.write_bytes(data)
     assert newest_step(connect(root)) is None
+
+
+def test_who_finds_all_checkpoints_damaged_keeps_them_for_a_better_machine(
+    root: str, state: State
+) -> None:
+    save(root, state, 1, 2)
+    with pytest.raises(HeliostatError, match="none of the 2 checkpoints of run"):
+        newest_step(ForgetfulStore(root))
+    assert newest_step(connect(root)) == 2
 
 
 def test_a_state_is_not_touched_by_a_checkpoint_that_does_not_verify(

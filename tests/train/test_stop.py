@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from heliostat.errors import HeliostatError
 from heliostat.spec import ScheduleSpec, StopSpec, TrainSpec
@@ -72,6 +73,18 @@ def test_each_limit_ends_the_run_when_it_is_met(stop: dict[str, object], status:
     assert decide(make(**stop), status)
     assert decide(make(), status) is None
     assert decide(make(**stop), Status(1, 99, 4.9, {"mae": 0.51}, Trend())) is None
+
+
+def test_patience_can_be_of_any_metric() -> None:
+    train = make(metric="accuracy", patience=2)
+    trend = follow_all(train, [0.8, 0.7, 0.79], "accuracy")[-1]
+    assert "accuracy has not improved 2 times" in str(decide(train, Status(3, 0, 0, {}, trend)))
+
+
+@pytest.mark.parametrize("stop", [{"metric": "accuracy"}, {"target": 0.5}])
+def test_what_would_end_nothing_is_refused(stop: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="set "):
+        make(**stop)
 
 
 def test_a_metric_that_does_not_exist_is_named_with_those_that_do() -> None:

@@ -5,10 +5,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from PIL import Image
 
 from heliostat.data.features import IMAGE
@@ -40,6 +42,8 @@ MAX_UNIFORM_PIXELS = 256 * 256
 IDX_UBYTE = 8
 MAX_IDX_SIDE = 16_384
 IDX_KIND = re.compile(r"(images|labels)[^/]*$")
+
+Pixels = NDArray[np.uint8]
 
 
 def _rows_per_batch(layout: ImageLayout) -> int:
@@ -194,10 +198,9 @@ def _settle_idx(source: Source, found: list[Found], data: DataSpec) -> Survey:
     if len(shapes) > 1:
         listed = " and ".join("x".join(map(str, shape)) for shape in sorted(shapes))
         raise HeliostatError(f"{source.store.uri} has images of {listed}: give them one size each")
-    height, width, *rest = shapes.pop()
+    height, width, channels = _arrange(shapes.pop(), source.store.uri).shape
     (height, width), why_size = _choose_size(Counter([(height, width)]), data)
-    colours = int(rest[:1] == [3])
-    channels, why_channels = _choose_channels(1 - colours, 1, data)
+    channels, why_channels = _choose_channels(int(channels == 1), 1, data)
     labels = {str(label) for part in found for label in part["labels"]}
     return Survey(
         ImageLayout(height, width, channels),
@@ -213,11 +216,11 @@ def _read_idx(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Tabl
     labels = _read_idx_labels(store, unit["labels"]).astype(str) if layout.labelled else None
     with open_raw(store, key) as stream:
         count, *shape = _read_idx_header(store, key, stream, (3, 4))
-        fit = _fit_to(tuple(shape), layout)
+        fit = _fit_to(_arrange(tuple(shape), f"{store.uri}/{key}"), layout)
         for start in range(0, count, size):
             rows = range(start, min(start + size, count))
             pixels = _read_pixels(store, key, stream, len(rows), math.prod(shape))
-            images = [fit(image).tobytes() for image in pixels.reshape(-1, *shape)]
+            images = [fit(image).tobytes() for image in pixels.reshape(len(rows), -1)]
             yield raw_rows(
                 layout,
                 [f"{key}#{row}" for row in rows],
@@ -228,25 +231,59 @@ def _read_idx(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Tabl
             )
 
 
-def _fit_to(
-    shape: tuple[int, ...], layout: ImageLayout
-) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+@dataclass(frozen=True)
+class Arrangement:
+    """How the pixels of an image (height, width, channels) lie in a file."""
+
+    shape: tuple[int, int, int]
+    channels_first: bool = False
+
+    def read(self, flat: Pixels) -> Pixels:
+        if not self.channels_first:
+            return flat.reshape(self.shape)
+        height, width, channels = self.shape
+        return np.ascontiguousarray(flat.reshape(channels, height, width).transpose(1, 2, 0))
+
+
+def _arrange(shape: tuple[int, ...], origin: str) -> Arrangement:
+    """Of images (H, W), (H, W, C) or (C, H, W) with one or three channels.
+
+    Raises:
+        HeliostatError: these are others; `origin` is named.
+    """
+    if len(shape) == 2:
+        return Arrangement((*shape, 1))
+    if shape[2] in (1, 3):
+        return Arrangement((shape[0], shape[1], shape[2]))
+    if shape[0] in (1, 3):
+        return Arrangement((shape[1], shape[2], shape[0]), channels_first=True)
+    raise HeliostatError(
+        f"{origin} has images of {'x'.join(map(str, shape))}: give them one or three channels, as "
+        "the first or the last of their dimensions"
+    )
+
+
+def _fit_to(given: Arrangement, layout: ImageLayout) -> Callable[[Pixels], Pixels]:
     target = (layout.height, layout.width, layout.channels)
-    if (*shape, 1)[:3] == target:
-        return lambda image: image
-    return lambda image: fit_image(Image.fromarray(image.squeeze()), *target)
+    if given.shape == target:
+        return given.read
+    grey = given.shape[2] == 1
+
+    def fit(flat: Pixels) -> Pixels:
+        image = given.read(flat)
+        return fit_image(Image.fromarray(image[..., 0] if grey else image), *target)
+
+    return fit
 
 
-def _read_pixels(
-    store: Store, key: str, stream: BinaryIO, rows: int, row_bytes: int
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read_pixels(store: Store, key: str, stream: BinaryIO, rows: int, row_bytes: int) -> Pixels:
     data = stream.read(rows * row_bytes)
     if len(data) < rows * row_bytes:
         raise HeliostatError(f"{store.uri}/{key} ends early: it has fewer images than it says")
     return np.frombuffer(data, np.uint8)
 
 
-def _read_idx_labels(store: Store, key: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read_idx_labels(store: Store, key: str) -> Pixels:
     with open_raw(store, key) as stream:
         (count,) = _read_idx_header(store, key, stream, (1,))
         labels = np.frombuffer(stream.read(count), np.uint8)

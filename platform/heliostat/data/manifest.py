@@ -14,6 +14,7 @@ from heliostat.storage import Entry, Missing, Store
 
 SPLITS = ("train", "validation", "test")
 SHARD_FORMAT = 3
+REPORTED = ("rows_read", "rows_bad", "objects_ignored")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A version of a data set: `rows` by split, `schema` by column, `report` of the cleaning."""
+    """A version of a data set: `rows` by split, `schema` by column, `report` of the cleaning.
+
+    The report has at least what REPORTED names.
+    """
 
     name: str
     version: str
@@ -79,6 +83,8 @@ class Manifest:
             "features": features_from_json(document["features"]),
             "shards": tuple(map(shard_from_json, document["shards"])),
         }
+        if lost := set(REPORTED) - fields["report"].keys():
+            raise KeyError(*lost)
         return cls(**fields)
 
 

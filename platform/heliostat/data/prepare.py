@@ -5,12 +5,13 @@ reads and cleans the rows, sorts them by a hash of their ids and writes a shard 
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from heliostat.data import text
 from heliostat.data.manifest import SPLITS, Manifest, check_shards, data_key, load_manifest
 from heliostat.data.pipeline import FORMS, MIB, learn, quiet_ray_data, take_survey, write_shards
-from heliostat.data.raw import Source, find_source
+from heliostat.data.raw import Source, Survey, find_source
 from heliostat.data.report import assemble, make_report, refuse, to_bytes
 from heliostat.data.waiting import say_if_waiting
 from heliostat.errors import HeliostatError, printable
@@ -42,7 +43,8 @@ def prepare(spec: RunSpec) -> Manifest:
         return manifest
     say_if_waiting(cpus=1)
     with quiet_ray_data():
-        survey = learn(store, source, take_survey(source, spec.data), spec.data)
+        taken = _order_labels(take_survey(source, spec.data), spec.data.positive)
+        survey = learn(store, source, taken, spec.data)
         outcomes = write_shards(store, source, survey, spec)
     report = make_report(source, survey, outcomes)
     refuse(store, spec, report, data_key(spec.name, "inputs", f"{fingerprint}.refused.json"))
@@ -83,11 +85,24 @@ def summarise(manifest: Manifest) -> str:
 def _describe_output(output: Output) -> str:
     match output:
         case Classes(labels):
-            return f"{len(labels)} classes: {', '.join(labels[:20])}" + ", ..." * (len(labels) > 20)
+            line = f"{len(labels)} classes: {', '.join(labels[:20])}" + ", ..." * (len(labels) > 20)
+            return f"{line}; {labels[1]} is the positive one" if len(labels) == 2 else line
         case Numbers(names):
             return f"{len(names)} numbers: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
         case _:
             return "the next token"
+
+
+def _order_labels(survey: Survey, positive: str | None) -> Survey:
+    """Of two classes the one that is sought comes last."""
+    if positive is None:
+        return survey
+    if len(survey.labels) != 2 or positive not in survey.labels:
+        found = f"the classes {', '.join(survey.labels[:20])}" if survey.labels else "no classes"
+        raise HeliostatError(
+            f"data.positive is {positive!r}, but the data has {found}: it is one of two classes"
+        )
+    return replace(survey, labels=tuple(sorted(survey.labels, key=positive.__eq__)))
 
 
 def _check_apart(source: Source, store: Store) -> None:

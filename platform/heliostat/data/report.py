@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from heliostat.data.manifest import SPLITS, Manifest, content_version, shard_from_json
+from heliostat.data.manifest import REPORTED, SPLITS, Manifest, content_version, shard_from_json
 from heliostat.data.measure import settle_features, settle_numbers, unigram_nats
 from heliostat.data.pipeline import Outcome
 from heliostat.data.raw import Source, Survey
@@ -97,7 +97,7 @@ def assemble(
         features=features,
         shards=shards,
         spec=spec.data.model_dump(mode="json"),
-        report={name: report[name] for name in ("rows_read", "rows_bad", "objects_ignored")}
+        report={name: report[name] for name in REPORTED}
         | {"notes": [*survey.notes, *notes]}
         | ({"unigram_nats": nats} if nats is not None else {}),
     )

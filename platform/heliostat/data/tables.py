@@ -3,12 +3,12 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +37,13 @@ from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 from heliostat.storage import Store
 
+if TYPE_CHECKING:
+    import _csv
+
 BATCH_ROWS = 4096
 NUMERIC_SHARE = 0.95
-DELIMITERS = ",;\t|"
+DELIMITERS = (",", ";", "\t", "|", "::")
+UNIT_SEPARATOR = "\x1f"
 MAX_FIELD_CHARACTERS = 16 * 1024 * 1024
 MAX_LISTED = 20
 NUMERIC_TYPES = ("is_integer", "is_floating", "is_decimal", "is_timestamp", "is_date")
@@ -70,7 +74,7 @@ def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: Dat
     labels = {label for part in found for label in part["labels"]}
     place = f"the column {label} of {source.store.uri}"
     return Survey(
-        TableLayout(label, kept),
+        TableLayout(label, kept, data.header),
         sort_labels(labels, place) if isinstance(label, str) else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
@@ -110,7 +114,7 @@ def _check_label(names: list[str], data: DataSpec, place: str) -> list[str]:
     given = ", ".join(wanted) if data.label else None
     raise HeliostatError(
         f"data.label is {given!r}: set it to the column of {place} that is to be predicted, "
-        f"one of {_list_names(list(filter(None, names)))}"
+        f"one of {_list_names(list(filter(None, names)))}, or data.source to one file of several"
     )
 
 
@@ -293,7 +297,7 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
 def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many values of each column there are, and how many of them are numbers."""
     rows, labels = 0, set[str]()
-    with open_csv(store, unit["key"]) as (header, batches):
+    with open_csv(store, unit["key"], data.header) as (header, batches):
         _check_label(header, data, f"{store.uri}/{unit['key']}")
         label = label_of(data)
         counts = {name: np.zeros(2, np.int64) for name in header}
@@ -329,27 +333,37 @@ def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
 
 
 def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
-    with open_csv(store, unit["key"]) as (header, batches):
+    with open_csv(store, unit["key"], layout.header) as (header, batches):
         _check_present(layout, header, f"{store.uri}/{unit['key']}")
         for batch in batches:
             yield _clean(batch, unit["key"], layout)
 
 
 @contextmanager
-def open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch]]]:
-    """The names of the columns, and the rows below them as text."""
+def open_csv(
+    store: Store, key: str, names: Sequence[str] = ()
+) -> Iterator[tuple[list[str], Iterator[Batch]]]:
+    """The names of the columns, those given or those of the first line, and the rows as text."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with open_raw(store, key) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         first = text.readline()
         delimiter = max(DELIMITERS, key=first.count)
-        reader = csv.reader(chain([first], text), delimiter=delimiter, skipinitialspace=True)
+        reader = _open_reader(chain([first], text), delimiter)
         try:
-            header = [name.strip() for name in next(reader, [])]
+            header = list(names) or [name.strip() for name in next(reader, [])]
             _check_header(header, f"{store.uri}/{key}")
             yield header, _batches(header, reader, delimiter)
         except csv.Error as error:
             raise HeliostatError(f"{store.uri}/{key}, line {reader.line_num}: {error}") from error
+
+
+def _open_reader(lines: Iterator[str], delimiter: str) -> "_csv.Reader":
+    if len(delimiter) == 1:
+        return csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    # The csv module splits at one character alone; files that have two know no quotes.
+    split = (line.replace(delimiter, UNIT_SEPARATOR) for line in lines)
+    return csv.reader(split, delimiter=UNIT_SEPARATOR, quoting=csv.QUOTE_NONE)
 
 
 def _check_header(header: list[str], place: str) -> None:
@@ -361,7 +375,8 @@ def _check_header(header: list[str], place: str) -> None:
     _check_names(names, place)
     if all(parse_number(name) is not None for name in names):
         raise HeliostatError(
-            f"{place} begins with {names[0]}: its first line must name the columns"
+            f"{place} begins with {names[0]}: its first line must name the columns, or "
+            "data.header in its place"
         )
 
 

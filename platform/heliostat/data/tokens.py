@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -113,15 +114,19 @@ def read_tokenizer(uri: str) -> tuple[bytes, dict[str, Any]]:
 def describe_tokenizer(data: bytes, beside: dict[str, Any], origin: str) -> Vocabulary:
     """The vocabulary of a tokenizer.json; `beside` is what `read_tokenizer` found.
 
-    A model stored beside it may have more rows than there are tokens: then these count.
+    A model stored beside it may have more rows than there are tokens, or none for special tokens
+    that no text has, such as one to pad with: its rows count.
 
     Raises:
         HeliostatError: it is no tokenizer, has no token that ends a document, or too many tokens.
     """
     tokenizer = parse_tokenizer(data, origin)
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    rows = beside.get("vocab_size")
-    size = max(max(ids.values()) + 1, rows if isinstance(rows, int) else 0)
+    end = _find_end(ids, beside, origin)
+    special = _list_special(tokenizer)
+    size = max(ids.values()) + 1
+    if isinstance(rows := beside.get("vocab_size"), int):
+        size = max(rows, end + 1, *(id + 1 for id in ids.values() if id not in special))
     if size > MAX_TOKENS:
         raise HeliostatError(
             f"{origin} and the config.json beside it have {size:,} tokens, at most {MAX_TOKENS:,} "
@@ -130,7 +135,7 @@ def describe_tokenizer(data: bytes, beside: dict[str, Any], origin: str) -> Voca
     return Vocabulary(
         sha256(data).hexdigest(),
         size,
-        _find_end(ids, beside, origin),
+        end,
         _count_bytes(tokenizer, ids, size),
         _find_template(beside),
     )
@@ -165,6 +170,28 @@ def read_stored(store: Store, digest: str) -> bytes:
             "object and prepare the data again"
         )
     return data
+
+
+def refuse_other_tokenizer(store: Store, digest: str, folder: str) -> None:
+    """Weights with a tokenizer.json beside them know the tokens by its ids alone.
+
+    Raises:
+        HeliostatError: the one in `folder` gives another id to a token of the stored one.
+    """
+    beside = connect(folder)
+    if beside.stat("tokenizer.json") is None:
+        return
+    ours = load_tokenizer(store, digest).get_vocab(with_added_tokens=True)
+    origin = join(beside.uri, "tokenizer.json")
+    theirs = parse_tokenizer(beside.read("tokenizer.json"), origin).get_vocab(True)
+    for token, id in sorted(ours.items(), key=itemgetter(1)):
+        if theirs.get(token) != id:
+            known = f"token {theirs[token]}" if token in theirs else "unknown"
+            raise HeliostatError(
+                f"the weights at {folder} were trained with another tokenizer than the data was "
+                f"prepared with: {token!r}, token {id} of the data, is {known} there: prepare the "
+                f"data with data.text.tokenizer={folder}"
+            )
 
 
 def encode_texts(
@@ -275,11 +302,15 @@ def _find_end(ids: dict[str, int], beside: dict[str, Any], origin: str) -> int:
     )
 
 
+def _list_special(tokenizer: Tokenizer) -> set[int]:
+    return {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
 def _count_bytes(tokenizer: Tokenizer, ids: dict[str, int], size: int) -> tuple[int, ...]:
     """A special token stands for no text; one of a byte-level BPE has a character for each byte."""
     counts = np.zeros(size, np.int64)
     is_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel)
-    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special = _list_special(tokenizer)
     for token, id in ids.items():
         if id not in special:
             counts[id] = len(token) if is_bytes else _count_spelled(token)

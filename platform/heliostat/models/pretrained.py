@@ -246,7 +246,8 @@ def _refuse_other_vocabulary(signature: Signature, config: Mapping[str, Any], or
     if rows != vocab:
         raise HeliostatError(
             f"the weights at {origin} know {rows} tokens, the data has {vocab}: prepare the data "
-            f"with data.text.tokenizer={origin}"
+            f"with data.text.tokenizer={origin} or, if it was, take the tokens out of the "
+            "tokenizer.json there for which the weights have no row"
         )
 
 

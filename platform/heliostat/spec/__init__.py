@@ -91,9 +91,13 @@ class EvaluateSpec(Section):
 
 
 class PredictSpec(Section):
-    """`source` holds the rows; of them the share `max_bad` may be such that cannot be used."""
+    """`source` holds the rows; of them the share `max_bad` may be such that cannot be used.
+
+    `header` names the columns of CSV files that have no first line for it.
+    """
 
     source: str | None = None
+    header: tuple[str, ...] = ()
     format: Literal["auto", "images", "idx", "csv", "parquet", "series"] = "auto"
     version: Positive | None = None
     batch: Positive = 512

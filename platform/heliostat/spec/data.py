@@ -64,12 +64,18 @@ class SyntheticSpec(Section):
 
 
 class DataSpec(Section):
-    """`label` is one column, or several of numbers for task regression."""
+    """`label` is one column, or several of numbers for task regression.
+
+    `header` names the columns of CSV files that have no first line for it. Of two classes
+    `positive` is the one that is sought, which a ranking takes for liked; else the second in order.
+    """
 
     source: str
     format: Literal["auto", "images", "idx", "csv", "parquet", "text", "series"] = "auto"
     task: Literal["auto", "classification", "regression", "language"] = "auto"
     label: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    positive: str | None = None
+    header: tuple[str, ...] = ()
     columns: dict[str, Literal["numeric", "category", "id", "ignore"]] = Field(default_factory=dict)
     max_categories: Annotated[int, Field(gt=0, le=MAX_CATEGORIES, strict=True)] = 64
     image_size: tuple[Positive, Positive] | None = None

@@ -71,7 +71,10 @@ class ScheduleSpec(Section):
 
 
 class StopSpec(Section):
-    """What ends a run before its last step; the metrics are those of the validation split."""
+    """What ends a run before its last step; the metrics are those of the validation split.
+
+    `patience` is of `metric`, or of the loss where none is named.
+    """
 
     tokens: Positive | None = None
     metric: str | None = None
@@ -81,9 +84,11 @@ class StopSpec(Section):
     seconds: PositiveFloat | None = None
 
     @model_validator(mode="after")
-    def _a_target_is_of_a_metric(self) -> Self:
-        if (self.target is None) != (self.metric is None):
-            raise ValueError("metric and target belong together")
+    def _a_metric_is_watched_for_something(self) -> Self:
+        if self.target is not None and self.metric is None:
+            raise ValueError("target is of a metric: set metric")
+        if self.metric is not None and self.target is None and self.patience is None:
+            raise ValueError("metric alone ends nothing: set target or patience")
         return self
 
 

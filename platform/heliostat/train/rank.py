@@ -13,7 +13,9 @@ import torch
 
 from heliostat import storage
 from heliostat.data import encoding, stream
+from heliostat.data.features import BlockFeatures, TextFeatures
 from heliostat.data.manifest import Manifest, load_manifest
+from heliostat.data.tokens import refuse_other_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.metrics import Sink
 from heliostat.models import build, count_parameters, task_of
@@ -224,6 +226,9 @@ class _Worker:
         torch.manual_seed(self._train.seed)
         network = build(model, self._manifest.signature)
         if model.init:
+            features = self._manifest.features
+            if isinstance(features, BlockFeatures | TextFeatures):
+                refuse_other_tokenizer(self._store, features.tokenizer, model.init)
             load_pretrained(network, model, self._manifest.signature)
         task = task_of(model, self._manifest.signature)
         parallel = parallelize(network, task, self._train, self._place.device, world_size)

@@ -60,20 +60,36 @@ def read_newest(
 
     Every rank must call this. One that does not verify on some rank is passed over by all for the
     one before; `warn` gets a sentence why. Nothing in `state` changes before every byte that any
-    rank needs was verified. None if there is no checkpoint.
+    rank needs was verified. None if there is no checkpoint, or a single one and that is damaged.
 
     Raises:
-        HeliostatError: the state has other tensors than the checkpoint.
+        HeliostatError: the state has other tensors than the checkpoint, or none of several
+            verifies: then it is rather who reads them that is damaged, and they are kept.
     """
     peers = open_peers()
+    damaged: list[str] = []
     for key in peers.first(lambda: checkpoint.committed(store, run)):
         try:
-            return _restore(store, key, state, peers)
+            restored = _restore(store, key, state, peers)
         except Corrupt as error:
             warn(f"passing over checkpoint {key}: {error}")
-            # Else retention would take it for the newest, and delete what is written after it.
-            peers.first(partial(checkpoint.revoke, store, key))
+            damaged.append(key)
+        else:
+            _revoke(store, damaged, peers)
+            return restored
+    if len(damaged) > 1:
+        raise HeliostatError(
+            f"none of the {len(damaged)} checkpoints of run {run} is what was committed: try on "
+            f"another machine, or delete {store.uri}/{damaged[-1].rpartition('/')[0]} to begin anew"
+        )
+    _revoke(store, damaged, peers)
     return None
+
+
+def _revoke(store: Store, damaged: Iterable[str], peers: Peers) -> None:
+    """Else retention would take them for the newest, and delete what is written after them."""
+    for key in damaged:
+        peers.first(partial(checkpoint.revoke, store, key))
 
 
 def read_weights(store: Store, key: str) -> Weights:
