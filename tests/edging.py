@@ -81,6 +81,7 @@ class Upstream:
                 Route("/-/healthz", tell_health),
                 Route("/v1/echo", echo, methods=["GET", "POST"]),
                 Route("/v1/fail/{status:int}", fail, methods=["GET", "POST"]),
+                Route("/v2/models/fail{status:int}", fail),
                 Route("/v1/wait", wait, methods=["GET", "POST"]),
                 Mount("/", self.app),
             ]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import h2.connection
 import h2.events
@@ -18,6 +19,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tritonclient.http import InferenceServerClient
+from tritonclient.http._utils import _raise_if_error
+from tritonclient.utils import InferenceServerException
 
 from edging import GOOD, Upstream, exchange, pick_port, read_all, run_edge, status_of
 from heliostat.edge import CONTROL_HEADERS, ERRORS, Edge, Limits, render
@@ -392,6 +396,52 @@ def test_too_many_headers_are_refused(port: int) -> None:
 
 # What comes back.
 
+FLAT = {"error", "type", "field", "request_id"}
+BELOW_V2 = "/v2/models/people/infer"
+
+
+@pytest.mark.parametrize(
+    ("line", "header", "body", "status"),
+    [
+        ("GET /v2/../-/routes", "accept: x", b"", 404),
+        ("DELETE /v2", "accept: x", b"", 405),
+        (f"POST {BELOW_V2}", "content-length: 9", b"x", 408),
+        (f"POST {BELOW_V2}", "content-length: 50000", b"x", 408),
+        (f"POST {BELOW_V2}", "content-length: 100001", b"", 413),
+        (f"POST {BELOW_V2}", "transfer-encoding: chunked", b"fffff\r\n" + b"x" * 200_000, 413),
+        ("GET /v2/" + "x" * 3000, "accept: x", b"", 414),
+        (f"GET {BELOW_V2}", "x-long: " + "x" * 9000, b"", 431),
+    ],
+    ids=lambda value: None if isinstance(value, int) else str(value)[:40],
+)
+def test_below_v2_an_error_is_the_sentence_that_its_clients_show(
+    port: int, upstream: Upstream, line: str, header: str, body: bytes, status: int
+) -> None:
+    start = f"{line} HTTP/1.1\r\nhost: x\r\n{header}\r\nconnection: close\r\n\r\n"
+    head, _, body = exchange(port, start.encode(), body).partition(b"\r\n\r\n")
+    assert status_of(head) == status
+    error = json.loads(body)
+    assert set(error) == FLAT
+    assert f"x-request-id: {error['request_id']}".encode() in head
+    told = SimpleNamespace(status_code=status, read=lambda: body)
+    with pytest.raises(InferenceServerException) as raised:
+        _raise_if_error(told)
+    assert raised.value.message() == error["error"]
+    assert raised.value.debug_details() is None
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(404, 503), (418, 502), (429, 429), (504, 504)])
+def test_a_client_of_v2_reads_an_error_that_is_not_ours(
+    served: tuple[Edge, Upstream, str], theirs: int, ours: int
+) -> None:
+    sentence = ERRORS[ours][1]
+    with (
+        InferenceServerClient(f"127.0.0.1:{served[0].port}") as triton,
+        pytest.raises(InferenceServerException, match=rf"^\[{ours}\] {sentence}$"),
+    ):
+        triton.get_model_metadata(f"fail{theirs}")
+
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
@@ -486,9 +536,10 @@ def test_a_server_that_is_away_has_another_in_its_place_until_it_is_back(
 def test_without_a_server_the_answer_is_503_in_seconds(tmp_path: Path) -> None:
     edge = Edge(pick_port(), pick_port(), limits=LIMITS)
     with run_edge(edge, tmp_path):
-        answer = httpx.post(f"{edge.url}{PREDICT}", json=ROWS, timeout=30)
-        assert answer.status_code == 503
-        check_error(answer)
+        for path in (PREDICT, BELOW_V2):
+            answer = httpx.post(f"{edge.url}{path}", json=ROWS, timeout=30)
+            assert answer.status_code == 503
+            check_error(answer)
 
 
 # TLS.

@@ -26,6 +26,10 @@ CONTROL_HEADERS = (
     "upgrade",
     "http2-settings",
 )
+# There clients read `error` as a text. Elsewhere it is an object, which these two make of it.
+BELOW_V2 = "{ path /v2 } || { path_beg /v2/ }"
+OPEN = "%[var(txn.flat,0),bool,iif(,'{\"message\": ')]"
+CLOSE = "%[var(txn.flat,0),bool,iif(,})]"
 # What HAProxy answers by itself, and what stands in place of an answer that is not ours.
 ERRORS = {
     400: ("bad_request", "this is not a well-formed HTTP request"),
@@ -208,6 +212,7 @@ def _list_frontend(edge: Edge) -> list[str]:
         "tcp-request connection track-sc0 src",
         "tcp-request connection reject if "
         f"{{ sc0_conn_cur gt {limits.max_connections_per_source} }}",
+        f"http-request set-var(txn.flat) bool(true) if {BELOW_V2}",
         *map(_refuse, list_refusals(limits)),
         "http-request set-header host heliostat",
         "http-request del-header _ -m sub",
@@ -299,15 +304,11 @@ def _refuse(refusal: Refusal) -> str:
 
 
 def _answer(status: int, message: str = "") -> str:
-    """An error in the one shape of all errors, as arguments of HAProxy."""
+    """An error in the one shape of all errors, or in that of /v2, as arguments of HAProxy."""
     kind, usual = ERRORS[status]
-    error = {
-        "type": kind,
-        "message": message or usual,
-        "field": None,
-        "request_id": "%[unique-id]",
-    }
-    body = shlex.quote(json.dumps({"error": error}))
+    sentence = json.dumps(message or usual)
+    rest = json.dumps({"type": kind, "field": None, "request_id": "%[unique-id]"})
+    body = shlex.quote(f'{{"error": {OPEN}{sentence}, {rest[1:-1]}}}{CLOSE}')
     headers = {"x-request-id": "%[unique-id]", **HEADERS.get(status, {})}
     options = "".join(f" hdr {name} {shlex.quote(value)}" for name, value in headers.items())
     return f"status {status} content-type application/json lf-string {body}{options}"
