@@ -136,6 +136,50 @@ def test_the_client_shows_the_sentence_of_an_error(triton: InferenceServerClient
         triton.get_model_metadata("other")
 
 
+ASKED: list[dict[str, Any]] = [
+    {"request_id": "mine", "timeout": 60_000_000},
+    {"timeout": 0, "priority": 0, "sequence_id": 0, "sequence_start": True},
+    {"sequence_id": "", "sequence_end": True},
+    {"parameters": {"tenant": "observatory", "trace": 7, "is_test": True, "share": 0.5}},
+]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_what_a_client_asks_of_a_request_leaves_its_answer_as_it_is(
+    triton: InferenceServerClient, asked: dict[str, Any]
+) -> None:
+    inputs = make_inputs(triton.get_model_metadata("shapes"), REQUESTS["shapes"][0], True)
+    answer = triton.infer("shapes", inputs, **asked)
+    assert np.array_equal(answer.as_numpy("probabilities"), expected("shapes"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"timeout": 1}, r"^\[408\] no answer within 1e-06 s$"),
+        ({"timeout": -1}, r"^\[422\] parameters\.timeout: "),
+        ({"timeout": 0.5}, r"^\[422\] parameters\.timeout: "),
+        ({"timeout": 2**64}, r"^\[422\] parameters\.timeout: "),
+        ({"priority": 1}, r"^\[422\] parameters\.priority: .* one queue: it must be 0"),
+        ({"sequence_id": 5, "sequence_start": True}, r"^\[422\] parameters\.sequence_id: .* state"),
+        ({"sequence_id": "mine"}, r"^\[422\] parameters\.sequence_id: .* state"),
+    ],
+)
+def test_what_no_model_here_can_do_is_refused_in_a_sentence(
+    triton: InferenceServerClient, asked: dict[str, Any], said: str
+) -> None:
+    inputs = make_inputs(triton.get_model_metadata("shapes"), REQUESTS["shapes"][0], True)
+    with pytest.raises(InferenceServerException, match=said):
+        triton.infer("shapes", inputs, **asked)
+
+
+def test_a_client_can_only_shorten_its_time(triton: InferenceServerClient) -> None:
+    inputs = make_inputs(triton.get_model_metadata("shapes"), REQUESTS["shapes"][0], True)
+    short = {"x-timeout-seconds": "0.000001"}
+    with pytest.raises(InferenceServerException, match="no answer within 1e-06 s"):
+        triton.infer("shapes", inputs, headers=short, timeout=60_000_000)
+
+
 def test_the_most_probable_classes(triton: InferenceServerClient) -> None:
     inputs = make_inputs(triton.get_model_metadata("shapes"), REQUESTS["shapes"][0], True)
     wanted = InferRequestedOutput("probabilities", class_count=2)
@@ -319,7 +363,9 @@ documents = st.one_of(
         optional={
             "id": leaves,
             "outputs": st.lists(st.dictionaries(st.sampled_from(["name", "parameters"]), leaves)),
-            "parameters": st.dictionaries(st.just("binary_data_output"), leaves),
+            "parameters": st.dictionaries(
+                st.sampled_from(["binary_data_output", "timeout", "sequence_id", "tenant"]), leaves
+            ),
         },
     ),
     leaves,

@@ -2,7 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -40,16 +41,26 @@ class Door:
 
         async def endpoint(request: Request) -> Response:
             seconds = shorten(request.headers.get(TIMEOUT_HEADER), limits.request_timeout_s)
-            try:
-                with self._room:
-                    async with asyncio.timeout(seconds):
-                        return await handle(
-                            request, await read_body(request, limits.max_body_bytes)
-                        )
-            except TimeoutError as error:
-                raise Refusal(408, f"no answer within {seconds:g} s") from error
+            with self._room:
+                async with within(seconds):
+                    return await handle(request, await read_body(request, limits.max_body_bytes))
 
         return endpoint
+
+
+@asynccontextmanager
+async def within(seconds: float, began: float | None = None) -> AsyncIterator[None]:
+    """Time for what is inside, from now or from when the clock of the loop said `began`.
+
+    Raises:
+        Refusal: 408, it is over.
+    """
+    start = asyncio.get_running_loop().time() if began is None else began
+    try:
+        async with asyncio.timeout_at(start + seconds):
+            yield
+    except TimeoutError as error:
+        raise Refusal(408, f"no answer within {seconds:g} s") from error
 
 
 def shorten(wanted: str | None, limit_s: float) -> float:

@@ -12,7 +12,7 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from heliostat.serve.desk import Away
-from heliostat.serve.door import TIMEOUT_HEADER, Limits, shorten
+from heliostat.serve.door import TIMEOUT_HEADER, Limits, shorten, within
 from heliostat.serve.fork import read_ahead
 from heliostat.serve.gate import ANYBODY, VISIT, Visit
 from heliostat.serve.identity import REQUEST_ID, find_request_id
@@ -63,11 +63,8 @@ class Repeats:
             return
         name, limits = read_name(names), self._limits
         seconds = shorten(_find_timeout(scope), limits.request_timeout_s)
-        try:
-            async with asyncio.timeout(seconds):
-                body, receive = await read_ahead(receive, limits.max_body_bytes)
-        except TimeoutError as error:
-            raise Refusal(408, f"no answer within {seconds:g} s") from error
+        async with within(seconds):
+            body, receive = await read_ahead(receive, limits.max_body_bytes)
         if len(body) > limits.max_body_bytes:
             await self._app(scope, receive, send)
             return

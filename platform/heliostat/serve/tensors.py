@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from heliostat.data.nested import NUMBERS_OR_NULL, WHOLE, read_numbers
 from heliostat.serve.body import Part, check, parse_json
@@ -66,8 +67,36 @@ class OutputPart(Part):
     parameters: OutputParameters = OutputParameters()
 
 
+def _refuse_state(sequence: int | str) -> int | str:
+    if sequence:
+        message = "models here keep no state from request to request: it must be 0, or left out"
+        raise PydanticCustomError("state", message)
+    return sequence
+
+
+def _refuse_rank(priority: int) -> int:
+    if priority:
+        message = "all requests wait in one queue: it must be 0, or left out"
+        raise PydanticCustomError("rank", message)
+    return priority
+
+
 class RequestParameters(Part):
+    """What is asked of a request as a whole; a client's own parameters mean nothing here.
+
+    `timeout` is in microseconds, 0 is none.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
     binary_data_output: bool = False
+    timeout: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    priority: Annotated[int, AfterValidator(_refuse_rank)] = 0
+    sequence_id: Annotated[int | str, AfterValidator(_refuse_state)] = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.timeout / 1e6 or math.inf
 
 
 class Question(Part):

@@ -1,5 +1,6 @@
 """The Open Inference Protocol, version 2, as KServe and Triton speak it, with binary tensors."""
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.routing import Route
 from heliostat import __version__
 from heliostat.data.features import features_from_json
 from heliostat.registry import NUMBER, Version
-from heliostat.serve.door import Door
+from heliostat.serve.door import Door, within
 from heliostat.serve.examples import make_question
 from heliostat.serve.gate import visit_of
 from heliostat.serve.inputs import (
@@ -77,13 +78,15 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
         return reply(to_json({"name": version.name, "ready": True}))
 
     async def infer(request: Request, body: bytes) -> Response:
+        began = asyncio.get_running_loop().time()
         visit, served = visit_of(request), await shelf.get(*_wanted(request))
         visit.version = served.version.number
         _check_encoding(request)
         question, tensors = parse_question(body, request.headers.get(HEADER_LENGTH))
         columns = served.interface.read(tensors)
         rows = count_rows(columns)
-        values = await served.batcher.run(columns, rows)
+        async with within(question.parameters.seconds, began):
+            values = await served.batcher.run(columns, rows)
         visit.count(rows=rows)
         check_finite(values, "inputs[0].data")
         return _answer(served, question, values)
