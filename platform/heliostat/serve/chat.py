@@ -1,14 +1,19 @@
 """How a chat becomes the prompt of a model: by the template of its tokenizer, or as plain lines."""
 
+import json
 import re
 import secrets
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from heliostat.errors import HeliostatError
 from heliostat.serve.replies import Refusal
 
 FIELD = "messages"
@@ -43,8 +48,19 @@ class PlainLines:
         return tuple(self._tokenizer.encode(f"{lines}assistant:", add_special_tokens=False).ids)
 
 
+class Generation(Extension):
+    """`{% generation %}` says where an answer stands, which only training asks."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 class Template:
-    """A Jinja template, run in a sandbox, of which alone special tokens come.
+    """A Jinja template as transformers has it, in a sandbox; special tokens come of it alone.
 
     Where a message spells one out, it is read as text: a message cannot end its turn.
     """
@@ -52,26 +68,43 @@ class Template:
     stops = ()
 
     def __init__(self, source: str, tokenizer: Any, end: str) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals |= {"raise_exception": _refuse, "eos_token": end}
-        self._template = environment.from_string(source)
+        """Raises HeliostatError: it is no template."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _write_json
+        environment.globals |= {
+            "raise_exception": _refuse,
+            "strftime_now": _tell_time,
+            "eos_token": end,
+        }
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise HeliostatError(
+                f"the chat template beside the tokenizer does not parse, line {error.lineno}: "
+                f"{error!s:.200} Mend it and prepare the data again"
+            ) from error
         self._plain = tokenizer
         self._special = Tokenizer.from_str(tokenizer.to_str())
         added = self._special.get_added_tokens_decoder().values()
         self._names = [token.content for token in added if token.special]
 
     def encode(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        mark = f"\ue000{secrets.token_hex(8)}:"  # no message can know it
+        # No message can know it, and no filter makes another of digits.
+        mark = f"{secrets.randbits(64):020}:"
         messages = [
             {"role": turn.role, "content": self._hide(turn.content, mark)} for turn in turns
         ]
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=True)
+            text = self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True
+            )
         except (TemplateError, TypeError, ValueError, OverflowError) as error:
             message = f"{FIELD} do not fit the model's chat template: {error!s:.200}"
             raise Refusal(422, message, FIELD) from error
         ids: list[int] = []
-        for i, part in enumerate(re.split(f"{re.escape(mark)}(\\d+);", text)):
+        for i, part in enumerate(re.split(f"{mark}(\\d+);", text)):
             tokenizer, spelled = (
                 (self._plain, self._names[int(part)]) if i % 2 else (self._special, part)
             )
@@ -86,3 +119,24 @@ class Template:
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def _tell_time(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _write_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes what HTML would read."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
