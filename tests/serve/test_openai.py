@@ -145,6 +145,7 @@ def test_a_stream_is_the_same_in_pieces(client: OpenAI, n: int) -> None:
     options: dict[str, Any] = {"prompt": PROMPT, "n": n, "seed": 5, "max_tokens": 12}
     whole = client.completions.create(model="rays", logprobs=2, **options)
     texts, tokens = [""] * n, [list[str]() for _ in range(n)]
+    offsets = [list[int]() for _ in range(n)]
     usage, finishes = None, set()
     stream = client.completions.create(
         model="rays",
@@ -159,12 +160,15 @@ def test_a_stream_is_the_same_in_pieces(client: OpenAI, n: int) -> None:
             texts[choice.index] += choice.text
             if choice.logprobs:
                 tokens[choice.index] += choice.logprobs.tokens or []
+                offsets[choice.index] += choice.logprobs.text_offset or []
             if choice.finish_reason:
                 finishes.add(choice.index)
     assert texts == [choice.text for choice in whole.choices]
-    for choice, told in zip(whole.choices, tokens, strict=True):
+    for choice, told, places in zip(whole.choices, tokens, offsets, strict=True):
         assert choice.logprobs is not None
         assert told == choice.logprobs.tokens
+        assert places == choice.logprobs.text_offset
+        assert len(places) == len(told)
         assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs or [])
     assert finishes == set(range(n))
     assert usage == whole.usage

@@ -219,6 +219,24 @@ def locate_tokens(tokenizer: Tokenizer, text: str, length: int) -> list[Token]:
     return [Token(id, name, *place, bool(mark)) for id, name, place, mark in found]
 
 
+def spell_token(tokenizer: Tokenizer, id: int) -> bytes:
+    """The bytes that a token adds to a text which has begun, also if they are no whole character.
+
+    There are none for an id that is no token's.
+    """
+    name: str = tokenizer.id_to_token(id) or ""
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        letters = _number_letters()
+        is_text = not letters.keys() >= set(name)  # one that was added to the vocabulary
+        return name.encode() if is_text else bytes(letters[letter] for letter in name)
+    alone: str = tokenizer.decode([id], skip_special_tokens=False)
+    if BYTE_TOKEN.fullmatch(name) and alone != name:
+        return bytes.fromhex(name[3:5])
+    # Decoders leave out the blank before a first token, or the mark of one that goes on.
+    twice: str = tokenizer.decode([id, id], skip_special_tokens=False)
+    return twice[len(alone) :].encode()
+
+
 def pack(documents: Sequence[Ids], length: int, end: int) -> tuple[Ids, list[tuple[int, int]]]:
     """Documents, each closed by `end`, in blocks (N, length); where each block begins.
 
@@ -262,6 +280,15 @@ def _group(texts: Sequence[str]) -> Iterator[list[str]]:
         part.append(text)
     if part:
         yield part
+
+
+@lru_cache(maxsize=1)
+def _number_letters() -> dict[str, int]:
+    """The byte of each letter of a byte-level BPE: its own if it can be seen, else one in turn."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    seen = {letter: ord(letter) for letter in letters if ord(letter) < 256}
+    unseen = sorted(set(range(256)) - set(seen.values()))
+    return seen | dict(zip(letters[len(seen) :], unseen, strict=True))
 
 
 def _key(digest: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from heliostat.serve.engine.ask import Ask
 from heliostat.serve.engine.engine import Made
@@ -13,13 +13,20 @@ from heliostat.serve.engine.text import Spelling
 from heliostat.serve.language import Language
 
 
+class Placed(NamedTuple):
+    """A token, and where in its answer's text its own begins, or the character it is a part of."""
+
+    token: Token
+    offset: int
+
+
 @dataclass(frozen=True)
 class Piece:
     """What is new of a choice: text and tokens; `finish` is why it has ended."""
 
     choice: int
     text: str
-    tokens: tuple[Token, ...]
+    tokens: tuple[Placed, ...]
     finish: str | None
 
 
@@ -29,19 +36,20 @@ class Choice:
     def __init__(self, number: int, ask: Ask, language: Language, stops: Sequence[str]) -> None:
         self.number, self.ask = number, ask
         self._spelling = Spelling(language.tokenizer, ask.prompt, stops)
-        self.text, self.tokens, self.count = "", list[Token](), 0
+        self.text, self.tokens, self.count = "", list[Placed](), 0
         self.finish: str | None = None
 
     def add(self, made: Made) -> Piece:
         """The piece that this token adds; one that ends the stream is not spelled."""
         self.count += 1
+        offset = self._spelling.length
         text = "" if made.finish == "stop" else self._spelling.add(made.token.id)
         if made.finish and not self._spelling.stopped:
             text += self._spelling.finish()
         self.finish = made.finish
         if self._spelling.stopped:
             self.finish, made.stream.left = "stop", True
-        tokens = () if made.token.logprob is None else (made.token,)
+        tokens = () if made.token.logprob is None else (Placed(made.token, offset),)
         self.text += text
         self.tokens += tokens
         return Piece(self.number, text, tokens, self.finish)

@@ -9,7 +9,7 @@ import torch
 
 from heliostat import examples
 from heliostat.data.features import BlockFeatures, features_from_json
-from heliostat.data.tokens import load_tokenizer
+from heliostat.data.tokens import load_tokenizer, spell_token
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor
 from heliostat.models.gpt import Gpt
@@ -82,9 +82,11 @@ class Language:
         """The text's tokens, as those of a document in training: a special one is read as text."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def bytes_of(self, token: int) -> bytes:
+        return spell_token(self.tokenizer, token)
+
     def spell(self, token: int) -> str:
-        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
-        return text
+        return self.bytes_of(token).decode(errors="replace")
 
 
 def load_language(store: Store, version: Version, room: Room, pool: Executor) -> Language:

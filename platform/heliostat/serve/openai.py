@@ -14,10 +14,9 @@ from starlette.routing import Route
 
 from heliostat.registry import Version
 from heliostat.serve.asking import Chat, Completion, make_asks, parse
-from heliostat.serve.choices import Choice, Piece, count_usage, read_pieces
+from heliostat.serve.choices import Choice, Piece, Placed, count_usage, read_pieces
 from heliostat.serve.door import Door
 from heliostat.serve.engine.runner import Answer, Failed
-from heliostat.serve.engine.sampler import Token
 from heliostat.serve.engine.scheduler import Full
 from heliostat.serve.events import EventStream, to_event, while_connected
 from heliostat.serve.gate import Visit, visit_of
@@ -41,7 +40,7 @@ DONE = b"data: [DONE]\n\n"
 VERSION = re.compile("[1-9][0-9]{0,8}")
 
 Document = dict[str, Any]
-Tell = Callable[[Language, tuple[Token, ...]], Document]
+Tell = Callable[[Language, Sequence[Placed]], Document]
 
 
 @dataclass(frozen=True)
@@ -57,30 +56,34 @@ class Dialect:
     tell: Tell
 
 
-def tell_completion(language: Language, tokens: tuple[Token, ...]) -> Document:
-    """Log probabilities as completions have them: columns, the alternatives by their text."""
+def tell_completion(language: Language, placed: Sequence[Placed]) -> Document:
+    """Log probabilities as completions have them: columns, the alternatives by their text.
+
+    Offsets are characters of the answer's text, which does not have the prompt.
+    """
+    tokens = [token for token, _ in placed]
     return {
         "tokens": [language.spell(token.id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [
             {language.spell(id): logprob for id, logprob in token.top} for token in tokens
         ],
-        "text_offset": [],
+        "text_offset": [offset for _, offset in placed],
     }
 
 
-def tell_chat(language: Language, tokens: tuple[Token, ...]) -> Document:
-    """Log probabilities as chats have them: rows."""
+def tell_chat(language: Language, placed: Sequence[Placed]) -> Document:
+    """Log probabilities as chats have them: rows, also of a part of a character its own bytes."""
 
     def describe(id: int, logprob: float | None) -> Document:
-        text = language.spell(id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        own = list(language.bytes_of(id))
+        return {"token": language.spell(id), "logprob": logprob, "bytes": own}
 
     return {
         "content": [
             describe(token.id, token.logprob)
             | {"top_logprobs": [describe(id, logprob) for id, logprob in token.top]}
-            for token in tokens
+            for token, _ in placed
         ],
         "refusal": None,
     }
@@ -217,7 +220,7 @@ class Writing:
             self._charge()
         write = self._dialect.write_whole
         choices = [
-            self._describe(choice.number, tuple(choice.tokens), choice.finish) | write(choice.text)
+            self._describe(choice.number, choice.tokens, choice.finish) | write(choice.text)
             for choice in self._choices
         ]
         usage = count_usage(self._choices, self._prompts)
@@ -257,6 +260,6 @@ class Writing:
         text = self._dialect.write_piece(piece.text, first)
         return self._describe(piece.choice, piece.tokens, piece.finish) | text
 
-    def _describe(self, number: int, tokens: tuple[Token, ...], finish: str | None) -> Document:
+    def _describe(self, number: int, tokens: Sequence[Placed], finish: str | None) -> Document:
         logprobs = self._dialect.tell(self._language, tokens) if tokens else None
         return {"index": number, "logprobs": logprobs, "finish_reason": finish}

@@ -1,11 +1,12 @@
 """Pieces of text: together they are the text, and a stop string is never seen, not even begun."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordPiece
 
-from heliostat.data.tokens import parse_tokenizer
+from heliostat.data.tokens import END, parse_tokenizer, spell_token
 from heliostat.serve.engine.text import Spelling
 from writing import TOKENIZER, VOCAB
 
@@ -50,6 +51,12 @@ def make_bytewise() -> Tokenizer:
     return tokenizer
 
 
+def make_wordwise() -> Tokenizer:
+    tokenizer = Tokenizer(WordPiece(vocab={"[UNK]": 0, "the": 1, "##ing": 2}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
 BYTEWISE = make_bytewise()
 
 
@@ -59,6 +66,32 @@ def test_bytes_that_are_decoded_together_are_spelled_too(prompt: str, text: str)
     spelling = Spelling(BYTEWISE, before)
     said = [spelling.add(token) for token in BYTEWISE.encode(text).ids] + [spelling.finish()]
     assert "".join(said) == text
+
+
+@given(text=texts)
+def test_the_bytes_of_tokens_are_those_of_the_text(text: str) -> None:
+    for tokenizer, plain in ((TOKENS, text), (BYTEWISE, text.translate({32: None, 120: None}))):
+        spelled = [spell_token(tokenizer, id) for id in tokenizer.encode(plain).ids]
+        assert b"".join(spelled) == plain.encode()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "token", "said"),
+    [
+        (TOKENS, END, END.encode()),
+        (TOKENS, "Ġ", b" "),
+        (BYTEWISE, "\u2581of", b" of"),
+        (BYTEWISE, "<0xE2>", b"\xe2"),
+        (make_wordwise(), "the", b" the"),
+        (make_wordwise(), "##ing", b"ing"),
+    ],
+)
+def test_a_token_is_spelled_as_inside_a_text(tokenizer: Tokenizer, token: str, said: bytes) -> None:
+    assert spell_token(tokenizer, tokenizer.get_vocab()[token]) == said
+
+
+def test_a_row_without_a_token_has_no_bytes() -> None:
+    assert spell_token(TOKENS, VOCAB + 1) == b""
 
 
 @given(text=texts, stops=st.lists(st.text(alphabet="ab ☀é", min_size=1, max_size=4), max_size=3))

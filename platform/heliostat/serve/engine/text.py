@@ -9,13 +9,16 @@ MAX_TOKENS = 3 * CONTEXT_TOKENS  # that are decoded again for a next one
 
 
 class Spelling:
-    """The text of one stream; `stopped` once it has one of the `stops`, which is left out."""
+    """The text of one stream; `stopped` once it has one of the `stops`, which is left out.
+
+    `length` is that of the whole characters so far, with what a stop may take back.
+    """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._window = self._cut_window(list(prompt[-2 * MAX_TOKENS :]))
         self._told = self._decode(self._window)
-        self._held = ""
+        self._held, self.length = "", 0
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -25,6 +28,7 @@ class Spelling:
         if text.endswith(UNFINISHED):
             return ""
         new, self._told = text[len(self._told) :], text
+        self.length += len(new)
         if len(self._window) > MAX_TOKENS:
             self._window = self._cut_window(self._window)
             self._told = self._decode(self._window)
