@@ -23,7 +23,7 @@ from heliostat.data.features import (
     input_of,
 )
 from heliostat.data.instances import FieldError, parse_instances
-from heliostat.data.pixels import decode_image
+from heliostat.data.pixels import STRIP_PIXELS, decode_image, fit_image
 from heliostat.signature import Picture, Vector
 
 GREY = ImageFeatures(2, 3, 1, (0.25,), (0.5,))
@@ -184,6 +184,16 @@ def test_images_of_every_mode_become_bytes(
     pixels = decode_image(as_file(image, **options), 4, 4, channels)
     assert pixels.shape == (4, 4, channels)
     assert (abs(pixels.astype(int) - expected) <= 2).all()
+
+
+@pytest.mark.parametrize("size", [(700, 900), (STRIP_PIXELS + 1, 2)])
+def test_a_large_image_is_laid_on_white_as_a_small_one(size: tuple[int, int]) -> None:
+    width, height = size
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    image = Image.fromarray(values)
+    white = Image.new("RGBA", size, "white")
+    at_once = Image.alpha_composite(white, image).convert("RGB")
+    assert (fit_image(image, height, width, 3) == np.asarray(at_once)).all()
 
 
 def test_images_are_upright_and_cropped_at_their_centre() -> None:

@@ -21,6 +21,7 @@ BROKEN_IMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+STRIP_PIXELS = 262_144  # are laid on white at once, which keeps the interpreter's lock
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -61,9 +62,14 @@ def _flatten(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
         return image
-    layered = image.convert("RGBA")
-    white = Image.new("RGBA", layered.size, "white")
-    return Image.alpha_composite(white, layered).convert("RGB")
+    layered, flat = image.convert("RGBA"), Image.new("RGB", image.size)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = 0, top, image.width, min(top + rows, image.height)
+        strip = layered.crop(box)
+        white = Image.new("RGBA", strip.size, "white")
+        flat.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return flat
 
 
 def _first_line(error: Exception) -> str:

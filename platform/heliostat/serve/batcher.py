@@ -26,6 +26,7 @@ class Waiting(NamedTuple):
     columns: Columns
     rows: int
     answer: "asyncio.Future[Rows]"
+    may_hold: bool
 
 
 class Pace:
@@ -80,21 +81,22 @@ class Batcher:
         self._pace = pace or Pace(batch_seconds)
         self._running = False
 
-    async def run(self, columns: Columns, rows: int) -> Rows:
+    async def run(self, columns: Columns, rows: int, may_hold: bool = True) -> Rows:
         """What `compute` says of these rows; what it raises for them is raised here.
 
         Many rows are computed in pieces, as many at once as others' are: they take no more memory,
-        and those of who has left are not computed.
+        and those of who has left are not computed. Rows that may not hold the event loop go to the
+        pool, however fast others of their number were.
         """
         if rows <= PIECE_ROWS:
-            return await self._submit(columns, rows)
-        pieces = [self._submit(*piece) for piece in cut(columns, rows)]
+            return await self._submit(columns, rows, may_hold)
+        pieces = [self._submit(*piece, may_hold) for piece in cut(columns, rows)]
         return np.concatenate(await asyncio.gather(*pieces))
 
-    def _submit(self, columns: Columns, rows: int) -> "asyncio.Future[Rows]":
+    def _submit(self, columns: Columns, rows: int, may_hold: bool) -> "asyncio.Future[Rows]":
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Rows] = loop.create_future()
-        self._waiting.append(Waiting(columns, rows, answer))
+        self._waiting.append(Waiting(columns, rows, answer, may_hold))
         if not self._running:
             self._running = True
             loop.call_soon(self._start, loop)
@@ -104,7 +106,7 @@ class Batcher:
         batch = self._take()
         if not batch:
             self._running = False
-        elif self._pace.expect(count_rows(batch)) <= INLINE_SECONDS:
+        elif self._may_hold(batch):
             self._answer(batch, self._measure(batch))
             self._running = bool(self._waiting)
             if self._running:
@@ -132,6 +134,10 @@ class Batcher:
                 batch.append(one)
                 rows += one.rows
         return batch
+
+    def _may_hold(self, batch: list[Waiting]) -> bool:
+        is_fast = self._pace.expect(count_rows(batch)) <= INLINE_SECONDS
+        return is_fast and all(one.may_hold for one in batch)
 
     def _has_time(self, rows: int) -> bool:
         return rows <= MAX_ROWS and self._pace.expect(rows) <= self._batch_seconds

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from heliostat.data.features import Columns, features_from_json
+from heliostat.data.features import Columns, Features, features_from_json
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import Predictor
 from heliostat.explain import Method, explain
@@ -36,6 +36,7 @@ from heliostat.serve.openapi import (
     operation,
 )
 from heliostat.serve.protocol import count_rows, parse_rows, split_document
+from heliostat.serve.reading import read
 from heliostat.serve.replies import JSON_TYPE, Refusal, reply
 from heliostat.serve.shelf import Shelf
 
@@ -65,9 +66,8 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON_TYPE:
             raise Refusal(415, f"send {JSON_TYPE}")
-        instances, given = split_document(parse_json(body))
-        options = check(Options, given)
-        columns = parse_rows(served.predictor.features, instances, MAX_EXPLAINED)
+        features = served.predictor.features
+        columns, options = await read(partial(parse_body, features, body), is_short=False)
         seconds = min(options.budget_ms / 1000, most_seconds)
         with room:
             end = time.monotonic() + seconds
@@ -117,6 +117,13 @@ def list_paths(versions: Sequence[Version]) -> Paths:
         parameters=[name_parameter(versions)],
     )
     return {"/v1/models/{name}:explain": {"post": post}}
+
+
+def parse_body(features: Features, body: bytes) -> tuple[Columns, Options]:
+    """Raises Refusal: 400 not JSON, 422 a value that the model cannot take, or an option."""
+    instances, given = split_document(parse_json(body))
+    options = check(Options, given)
+    return parse_rows(features, instances, MAX_EXPLAINED), options
 
 
 def explain_rows(

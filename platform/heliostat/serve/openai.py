@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -32,6 +33,7 @@ from heliostat.serve.openapi import (
     json_body,
     operation,
 )
+from heliostat.serve.reading import SHORT_TEXT_BYTES, read
 from heliostat.serve.replies import JSON_TYPE, Refusal, render_error, reply
 from heliostat.serve.shelf import Shelf
 from heliostat.signature import NextToken, output_from_json
@@ -122,7 +124,8 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
             visit.enter(name)
             language = await shelf.get_language(name, number)
             visit.version = language.version.number
-            prompts = asked.read_prompts(language)
+            is_short = len(body) <= SHORT_TEXT_BYTES
+            prompts = await read(partial(asked.read_prompts, language), is_short)
             asks = make_asks(asked, prompts, language)
             stops = asked.find_stops(language)
             choices = [Choice(i, ask, language, stops) for i, ask in enumerate(asks)]

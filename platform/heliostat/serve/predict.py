@@ -1,12 +1,13 @@
 """The simple route: raw inputs in, names and probabilities out."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from heliostat.data.features import ImageFeatures, features_from_json
+from heliostat.data.features import ImageFeatures, TextFeatures, features_from_json
 from heliostat.registry import Version
 from heliostat.serve.door import Door
 from heliostat.serve.examples import make_instance
@@ -29,6 +30,7 @@ from heliostat.serve.protocol import (
     parse_body,
     render_predictions,
 )
+from heliostat.serve.reading import is_short, may_have_files, read
 from heliostat.serve.replies import JSON_TYPE, reply
 from heliostat.serve.shelf import Shelf
 
@@ -38,9 +40,13 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
         visit, served = visit_of(request), await shelf.get(request.path_params["name"])
         version, predictor = served.version, served.predictor
         visit.version = version.number
-        columns = parse_body(predictor.features, request.headers.get("content-type", ""), body)
+        features, kind = predictor.features, request.headers.get("content-type", "")
+        short = is_short(features, body)
+        parse = partial(parse_body, features, kind, body)
+        columns = await read(parse, short and not may_have_files(features, body))
         rows = count_rows(columns)
-        values = await served.batcher.run(columns, rows)
+        may_hold = short or not isinstance(features, TextFeatures)
+        values = await served.batcher.run(columns, rows, may_hold)
         visit.count(rows=rows)
         return reply(render_predictions(version.name, version.number, predictor.output, values))
 

@@ -162,6 +162,16 @@ def parse_question(body: bytes, header_length: str | None) -> tuple[Question, li
     return question, tensors
 
 
+def are_numbers(body: bytes, header_length: str | None) -> bool:
+    """Whether all tensors are numbers as bytes, of which none is read, behind little JSON."""
+    if header_length is None:
+        return False
+    length = _parse_length(header_length, len(body))
+    return length <= MAX_KNOWN_BYTES and all(
+        part.datatype != BYTES and part.data is None for part in _read_known(body[:length]).inputs
+    )
+
+
 def render_answer(
     document: dict[str, Any], answers: Sequence[tuple[Answer, bool]]
 ) -> tuple[bytes, int | None]:

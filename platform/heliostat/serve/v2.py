@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from heliostat import __version__
-from heliostat.data.features import features_from_json
+from heliostat.data.features import Columns, TextFeatures, features_from_json
 from heliostat.registry import NUMBER, Version
 from heliostat.serve.door import Door, within
 from heliostat.serve.examples import make_question
@@ -38,6 +38,7 @@ from heliostat.serve.openapi import (
     operation,
 )
 from heliostat.serve.protocol import check_finite, count_rows
+from heliostat.serve.reading import SHORT_TENSOR_BYTES, is_short, read
 from heliostat.serve.replies import JSON_TYPE, NO_MODEL, Refusal, reply
 from heliostat.serve.shelf import Served, Shelf
 from heliostat.serve.tensors import (
@@ -46,6 +47,7 @@ from heliostat.serve.tensors import (
     HEADER_LENGTH,
     OutputPart,
     Question,
+    are_numbers,
     parse_question,
     render_answer,
 )
@@ -82,11 +84,19 @@ def list_routes(shelf: Shelf, door: Door) -> list[Route]:
         visit, served = visit_of(request), await shelf.get(*_wanted(request))
         visit.version = served.version.number
         _check_encoding(request)
-        question, tensors = parse_question(body, request.headers.get(HEADER_LENGTH))
-        columns = served.interface.read(tensors)
+        features, length = served.predictor.features, request.headers.get(HEADER_LENGTH)
+
+        def parse() -> tuple[Question, Columns]:
+            question, tensors = parse_question(body, length)
+            return question, served.interface.read(tensors)
+
+        short = is_short(features, body)
+        are_few = len(body) <= SHORT_TENSOR_BYTES
+        question, columns = await read(parse, short or (are_few and are_numbers(body, length)))
         rows = count_rows(columns)
+        may_hold = short or not isinstance(features, TextFeatures)
         async with within(question.parameters.seconds, began):
-            values = await served.batcher.run(columns, rows)
+            values = await served.batcher.run(columns, rows, may_hold)
         visit.count(rows=rows)
         check_finite(values, "inputs[0].data")
         return _answer(served, question, values)
