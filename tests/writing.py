@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -101,12 +102,32 @@ def engine_of(language: Language) -> Engine:
     return language.runner.engine
 
 
-def publish(store: Store, weights: dict[str, Tensor]) -> Version:
-    """rays:1 with these weights; the store has TOKENIZER already."""
+def publish(store: Store, weights: dict[str, Tensor], run: str = "run-1") -> Version:
+    """rays:1 with these weights, the next one of another run; the store has TOKENIZER already."""
     features = BlockFeatures(
         LENGTH, VOCAB, VOCABULARY.end, VOCABULARY.sha256, VOCABULARY.token_bytes
     )
     model = SPECS["tied"].model_dump()
     spec = parse({"name": "rays", "data": {"source": "s3://raw/rays"}, "model": model})
-    made = draft("rays", features, NextToken(), spec=dump(spec))
+    made = draft("rays", features, NextToken(), spec=dump(spec), run=run)
     return registry.publish(store, made, safetensors.torch.save(weights))
+
+
+class Held:
+    """A pool whose work waits until it is let go, so that a test says which step comes when."""
+
+    def __init__(self) -> None:
+        self.held: list[Any] = []
+
+    def submit(self, function: Any, *arguments: Any) -> None:
+        self.held.append((function, arguments))
+
+    def step(self) -> None:
+        function, arguments = self.held.pop(0)
+        function(*arguments)
+
+
+def hold(language: Language) -> Held:
+    held = Held()
+    language.runner._pool = held  # type: ignore[attr-defined]
+    return held

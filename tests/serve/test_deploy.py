@@ -432,6 +432,53 @@ def test_a_canary_that_is_as_good_takes_over_without_a_lost_request(
 
 @pytest.mark.cluster
 @pytest.mark.faults
+def test_who_leaves_the_stream_of_a_canary_ends_it_and_is_charged_until_then(
+    store: Store, digits: str, wait_until: Wait
+) -> None:
+    store_tokenizer(store, writing.TOKENIZER)
+    weights = writing.NETWORKS["tied"].state_dict()
+    served, better = (writing.publish(store, weights, run) for run in ("run-1", "run-2"))
+    token, key = keys.create(store, "eve", models=("rays",))
+    before = read_table(store).models["digits"].number
+    url = deploy(make_spec(store.uri, "rays", version=served.number, auth=True))
+    terms = {"share": 1.0, "min_requests": 200, "max_latency_ratio": 1e6, "timeout_s": 120}
+    asked = {"model": "rays", "prompt": "a field", "ignore_eos": True}
+
+    def find_made() -> list[int]:
+        """The tokens made in each request that the candidate has got."""
+        rows = (row for _, table in usage._read_parts(store, None) for row in table.to_pylist())
+        wanted = key.id, better.number
+        return [row["tokens_out"] for row in rows if (row["key"], row["version"]) == wanted]
+
+    def finish() -> None:
+        body = asked | {"max_tokens": 1}
+        assert httpx.post(url, json=body, headers=bearer(token)).is_success
+
+    def is_tried() -> bool:
+        finish()
+        time.sleep(1)
+        return bool(find_made())
+
+    def leave() -> None:
+        body = asked | {"max_tokens": 40, "stream": True, "n": 64}
+        with httpx.stream("POST", url, json=body, headers=bearer(token)) as answer:
+            next(answer.iter_lines())
+
+    candidate = {"version": better.number, "auth": True, "candidate": terms}
+    with ThreadPoolExecutor(1) as pool:
+        deployed = pool.submit(deploy, make_spec(store.uri, "rays", **candidate))
+        wait_until(is_tried, 120)
+        leave()
+        wait_until(lambda: max(find_made()) > 1, 30)
+        assert max(find_made()) < 64 * 40
+        while not deployed.done():
+            finish()
+        deployed.result()
+    deploy(make_spec(store.uri, version=before))
+
+
+@pytest.mark.cluster
+@pytest.mark.faults
 def test_a_shadow_whose_answers_differ_is_taken_back_and_has_answered_nobody(
     store: Store, digits: str
 ) -> None:

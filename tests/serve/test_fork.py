@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from heliostat.serve.app import build_app
 from heliostat.serve.delivery import Tally
 from heliostat.serve.fork import Ask, Call, Fork, Side, replay
 from heliostat.serve.gate import ANYBODY, VISIT, Visit
+from heliostat.serve.presence import Presence
+from heliostat.serve.shelf import Shelf
 from heliostat.serve.table import Candidate
 from heliostat.spec import CandidateSpec
 from serving import LIMITS, ROWS, TABLE, Client, check_error, make_app, serve
+from writing import engine_of, hold, make_language
 
 PATH = "/v1/models/people:predict"
 SERVED = make_app({"people": serve("people", TABLE, 1)}, LIMITS)
@@ -34,22 +38,22 @@ class Counts:
         self.sums[side] += one
 
 
-async def ask_next(name: str, call: Call) -> AsyncGenerator[Message]:
-    async for message in replay(NEXT, call):
+async def ask_next(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
+    async for message in replay(NEXT, call, left):
         yield message
 
 
-async def die(name: str, call: Call) -> AsyncGenerator[Message]:
+async def die(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
     raise RuntimeError("the candidate died")
     yield {}
 
 
-async def die_midway(name: str, call: Call) -> AsyncGenerator[Message]:
+async def die_midway(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
     yield {"type": "http.response.start", "status": 200, "headers": []}
     raise RuntimeError("the candidate died")
 
 
-async def answer_500(name: str, call: Call) -> AsyncGenerator[Message]:
+async def answer_500(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
     yield {"type": "http.response.start", "status": 500, "headers": []}
     yield {"type": "http.response.body", "body": b"{}"}
 
@@ -78,7 +82,7 @@ def test_a_canary_answers_its_share_and_the_version_served_the_rest() -> None:
     assert 10 < versions.count(2) < 50
 
 
-async def hang(name: str, call: Call) -> AsyncGenerator[Message]:
+async def hang(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
     await asyncio.Event().wait()
     yield {}
 
@@ -99,10 +103,12 @@ def test_an_answer_that_breaks_off_is_a_failure_of_the_canary() -> None:
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_a_client_that_leaves_is_no_failure_of_the_canary(begins: bool) -> None:
+def test_a_client_that_leaves_is_no_failure_of_the_canary_nor_waits_for_it(
+    begins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = asyncio.Event()
 
-    async def stop(name: str, call: Call) -> AsyncGenerator[Message]:
+    async def stop(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
         if begins:
             yield {"type": "http.response.start", "status": 200, "headers": []}
         asked.set()
@@ -115,6 +121,7 @@ def test_a_client_that_leaves_is_no_failure_of_the_canary(begins: bool) -> None:
         await asyncio.gather(request, return_exceptions=True)
 
     counts = Counts()
+    monkeypatch.setattr("heliostat.serve.fork.SETTLE_SECONDS", 0.0)
     asyncio.run(run())
     assert not counts.sums
 
@@ -127,7 +134,7 @@ def test_a_request_that_both_refuse_is_no_failure() -> None:
     assert (counts.sums["candidate"].requests, counts.sums["candidate"].failures) == (1, 0)
 
 
-async def answer_422(name: str, call: Call) -> AsyncGenerator[Message]:
+async def answer_422(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
     yield {"type": "http.response.start", "status": 422, "headers": []}
     yield {"type": "http.response.body", "body": b"{}"}
 
@@ -183,9 +190,9 @@ def test_a_shadow_is_asked_and_never_answers() -> None:
 def test_credentials_stay_where_they_are() -> None:
     calls: list[Call] = []
 
-    async def keep(name: str, call: Call) -> AsyncGenerator[Message]:
+    async def keep(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
         calls.append(call)
-        async for message in replay(NEXT, call):
+        async for message in replay(NEXT, call, left):
             yield message
 
     headers = {"authorization": "Bearer secret", "cookie": "secret", "accept": "application/json"}
@@ -202,8 +209,8 @@ def test_a_stream_passes_as_it_comes() -> None:
 
         await StreamingResponse(parts())(scope, receive, send)
 
-    async def ask(name: str, call: Call) -> AsyncGenerator[Message]:
-        async for message in replay(stream, call):
+    async def ask(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
+        async for message in replay(stream, call, left):
             yield message
 
     messages = asyncio.run(call_app(make_fork(ask, Counts()), PATH, b"{}"))
@@ -255,3 +262,80 @@ def test_who_may_not_use_a_model_does_not_reach_its_candidate() -> None:
     fork = make_fork(ask_next, counts)
     Client(enter).post(PATH, json=ROWS)
     assert not counts.sums
+
+
+class Left:
+    """A client that sends a request, hears of an answer and leaves when it is told to."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._body = json.dumps(document).encode()
+        self._asked, self.leaves = False, asyncio.Event()
+
+    async def receive(self) -> Message:
+        if self._asked:
+            await self.leaves.wait()
+            return {"type": "http.disconnect"}
+        self._asked = True
+        return {"type": "http.request", "body": self._body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        pass
+
+    async def ask(self, app: ASGIApp, visit: Visit) -> None:
+        path = "/v1/completions"
+        scope = {
+            VISIT: visit,
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        await Presence(app)(scope, self.receive, self.send)
+
+
+def leave_in_the_middle(is_candidate: bool, stream: bool) -> Visit:
+    """What is recorded of a client that leaves after a few of 40 tokens."""
+
+    async def ask(name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
+        async for message in replay(app, call, left):
+            yield message
+
+    async def run() -> None:
+        document = {"model": "rays", "prompt": "x", "max_tokens": 40, "ignore_eos": True}
+        client = Left(document | {"stream": stream})
+        asked = asyncio.ensure_future(client.ask(fork if is_candidate else app, visit))
+        async with asyncio.timeout(10):
+            while not pool.held:
+                await asyncio.sleep(0)
+            for _ in range(3):
+                pool.step()
+                for _ in range(20):
+                    await asyncio.sleep(0)
+            assert engine_of(language).scheduler.running
+            client.leaves.set()
+            await asked
+        pool.step()
+        assert not engine_of(language).scheduler.running
+        assert not pool.held
+
+    language, visit = make_language(), Visit(ANYBODY, verb="generate")
+    pool = hold(language)
+    models = {"rays": [language.version]}
+    app = build_app(Shelf(models, lambda version: language, max_bytes=2**30), LIMITS)
+    fork = make_fork(ask, Counts())
+    fork.candidates = {"rays": fork.candidates["people"]}
+    asyncio.run(run())
+    return visit
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_a_canary_frees_its_slot_and_is_charged_as_with_the_version_served(
+    stream: bool,
+) -> None:
+    served, candidate = (leave_in_the_middle(which, stream) for which in (False, True))
+    assert candidate == served
+    assert served.model == "rays"
+    assert 0 < served.tokens_out < 40

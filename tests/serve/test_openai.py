@@ -30,7 +30,7 @@ from heliostat.signature import Signature
 from heliostat.spec import EncoderSpec
 from serving import LIMITS, OUTPUT, Client, check_error, serve
 from serving import TABLE as PEOPLE
-from writing import BLOCKS, LENGTH, VOCAB, engine_of, make_engine, make_language
+from writing import BLOCKS, LENGTH, VOCAB, engine_of, hold, make_engine, make_language
 
 PROMPT = "a field of mirrors"
 LANGUAGE = make_language()
@@ -411,26 +411,6 @@ def scope() -> dict[str, Any]:
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
     }
-
-
-class Held:
-    """A pool whose work waits until it is let go, so that a test says which step comes when."""
-
-    def __init__(self) -> None:
-        self.held: list[Any] = []
-
-    def submit(self, function: Any, *arguments: Any) -> None:
-        self.held.append((function, arguments))
-
-    def step(self) -> None:
-        function, arguments = self.held.pop(0)
-        function(*arguments)
-
-
-def hold(language: Language) -> Held:
-    held = Held()
-    language.runner._pool = held  # type: ignore[attr-defined]
-    return held
 
 
 @pytest.mark.parametrize("stream", [True, False])

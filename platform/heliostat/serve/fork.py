@@ -18,6 +18,7 @@ from heliostat.serve.table import Candidate
 
 logger = logging.getLogger(__name__)
 
+SETTLE_SECONDS = 5.0  # for a candidate to say what one who left has used
 MAX_SHADOWS = 16  # at once; those above are not asked, nobody waits for them
 USAGE = "heliostat.usage"  # the message in which a candidate tells what a request took
 CARRIED = frozenset(
@@ -33,15 +34,17 @@ class Call:
     query: bytes
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
+    id: str
 
 
-Ask = Callable[[str, Call], AsyncGenerator[Message]]
+Ask = Callable[[str, Call, asyncio.Event], AsyncGenerator[Message]]
 Side = Literal["served", "candidate"]
 Count = Callable[[str, Side, Tally], None]
 
 
 class Fork:
-    """`ask` is how the candidate of a model is asked, `count` is told what became of a request.
+    """`ask` is how the candidate of a model is asked, and hears by the event that the client left;
+    `count` is told what became of a request.
 
     While there is no `candidates` a request costs a look at that. A candidate that fails is not the
     client's business: the version served answers then, unless the answer has begun. It fails too
@@ -70,7 +73,8 @@ class Fork:
         by_key = candidate.terms.by == "key"
         tag = (by_key and visit.key.id) or secrets.token_hex(8)
         chosen = is_chosen(candidate, name, tag)
-        call = Call(scope["path"], scope["query_string"], _carried(scope), body)
+        call_id = secrets.token_hex(16)
+        call = Call(scope["path"], scope["query_string"], _carried(scope), body, call_id)
         if chosen and candidate.terms.mode == "canary":
             tried = await self._forward(name, call, visit, send)
             if tried.begun:
@@ -91,26 +95,47 @@ class Fork:
             task.add_done_callback(self._shadows.discard)
 
     async def _forward(self, name: str, call: Call, visit: Visit, send: Send) -> "_Tried":
-        """Let the candidate answer; what it refuses is no answer yet."""
+        """Let the candidate answer; what it refuses is no answer yet.
+
+        Where the client leaves, this ends when the candidate has told what was used until then.
+        """
+        visit.enter(name)
+        left = asyncio.Event()
+        answering = asyncio.ensure_future(self._relay(name, call, left, visit, send))
+        try:
+            return await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            left.set()
+            await asyncio.wait({answering}, timeout=SETTLE_SECONDS)
+            raise
+        finally:
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+
+    async def _relay(
+        self, name: str, call: Call, left: asyncio.Event, visit: Visit, send: Send
+    ) -> "_Tried":
         began, counts, refused = time.perf_counter(), True, False
         answered = _Seen(send)
         try:
             async with (
                 asyncio.timeout(self._patience_s) as limit,
-                contextlib.aclosing(self._ask(name, call)) as messages,
+                contextlib.aclosing(self._ask(name, call, left)) as messages,
             ):
                 async for message in messages:
                     limit.reschedule(None)
                     if message["type"] == USAGE:
-                        visit.enter(name)
-                        visit.version = message["version"]
-                        visit.count(**message["used"])
+                        if answered.begun or left.is_set():
+                            visit.version = message["version"]
+                            visit.count(**message["used"])
+                    elif left.is_set():
+                        continue
                     elif answered.begun or message["status"] < 400:
                         await answered.send(message)
                     else:
                         refused = 400 <= message["status"] < 500
                         break
-        except asyncio.CancelledError:  # the client has left, which says nothing of the candidate
+        except asyncio.CancelledError:
             counts = False
             raise
         except Exception as error:  # whatever a candidate does, the version served answers
@@ -118,7 +143,8 @@ class Fork:
             if answered.begun:
                 raise
         finally:
-            if counts and not refused:
+            # That a client leaves says nothing of the candidate.
+            if counts and not refused and not left.is_set():
                 failed = not answered.ended
                 self._count(name, "candidate", tally(failed, time.perf_counter() - began))
         return _Tried(answered.begun, time.perf_counter() - began if refused else None)
@@ -128,7 +154,7 @@ class Fork:
         answered = _Seen(_drop)
         with contextlib.suppress(Exception):
             async with asyncio.timeout(self._patience_s):
-                async for message in self._ask(name, call):
+                async for message in self._ask(name, call, asyncio.Event()):
                     await answered.send(message)
         refused = answered.status >= 400 > served.status
         failed = not answered.ended or answered.status >= 500 or refused
@@ -170,8 +196,11 @@ class _Seen:
         return Answer(self.status, self._headers, bytes(self._body))
 
 
-async def replay(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
-    """The messages with which `app` answers `call`, and then what that took."""
+async def replay(app: ASGIApp, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
+    """The messages with which `app` answers `call`, and then what that took.
+
+    To `app` the client is there until `left` is set.
+    """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     visit = Visit(ANYBODY)
     scope = {
@@ -192,17 +221,17 @@ async def replay(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
 
     async def run() -> None:
         try:
-            await app(scope, _once(call.body), messages.put)
+            await app(scope, _listen(call.body, left), messages.put)
         finally:
-            await messages.put(None)
+            used = {name: getattr(visit, name) for name in ("rows", "tokens_in", "tokens_out")}
+            messages.put_nowait({"type": USAGE, "version": visit.version, "used": used})
+            messages.put_nowait(None)
 
     task = asyncio.create_task(run())
     try:
         while (message := await messages.get()) is not None:
             yield message
         await task
-        used = {name: getattr(visit, name) for name in ("rows", "tokens_in", "tokens_out")}
-        yield {"type": USAGE, "version": visit.version, "used": used}
     finally:
         task.cancel()
 
@@ -226,14 +255,15 @@ async def read_ahead(receive: Receive, max_bytes: int) -> tuple[bytes, Receive]:
     return body, again
 
 
-def _once(body: bytes) -> Receive:
-    """A request whose client waits for ever."""
+def _listen(body: bytes, left: asyncio.Event) -> Receive:
+    """A request whose client waits until `left` is set."""
     sent = False
 
     async def receive() -> Message:
         nonlocal sent
         if sent:
-            await asyncio.Event().wait()
+            await left.wait()
+            return {"type": "http.disconnect"}
         sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 

@@ -1,12 +1,15 @@
 """The processes that answer, as Ray Serve starts them."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Message
 
@@ -163,27 +166,57 @@ class Replica:
         if self._shelf:
             self._shelf.check()
 
-    async def _ask(self, name: str, call: Call) -> AsyncGenerator[Message]:
+    async def _ask(self, name: str, call: Call, left: asyncio.Event) -> AsyncGenerator[Message]:
         if name not in self._handles:
             handle = serve.get_app_handle(name_candidate(name))
             self._handles[name] = handle.options(stream=True)
-        async for message in self._handles[name].answer.remote(call):
-            yield message
+        handle = self._handles[name]
+        messages = handle.answer.remote(call)
+        telling = asyncio.ensure_future(tell_left(handle, call, left))
+        try:
+            async for message in messages:
+                yield message
+        except BaseException:  # nobody wants the rest: Serve itself would not end it
+            messages.cancel()
+            raise
+        finally:
+            telling.cancel()
 
 
 class Contender:
     """Answers for a candidate, to the replicas alone."""
 
     def __init__(self, plan: Plan) -> None:
+        from heliostat.serve.presence import Presence
+
         self._shelf = fill_shelf(plan)
-        self._api = build_api(plan, self._shelf)
+        self._api = Presence(build_api(plan, self._shelf))
+        self._left: dict[str, asyncio.Event] = {}
 
     def check_health(self) -> None:
         self._shelf.check()
 
     async def answer(self, call: Call) -> AsyncGenerator[Message]:
-        async for message in replay(self._api, call):
-            yield message
+        left = self._left[call.id] = asyncio.Event()
+        try:
+            async for message in replay(self._api, call, left):
+                yield message
+        finally:
+            del self._left[call.id]
+
+    async def leave(self, call_id: str) -> None:
+        """End the call, of which the client has left: its answer says then what that took."""
+        if call_id in self._left:
+            self._left[call_id].set()
+
+
+async def tell_left(handle: Any, call: Call, left: asyncio.Event) -> None:
+    """Tell the candidate, once `left` is set; whichever process has the call ends it."""
+    await left.wait()
+    try:
+        await handle.broadcast("leave", call.id).results_async(return_exceptions=True)
+    except (RayError, RayServeException) as error:
+        logger.warning("a candidate does not hear that a client left: %s", error)
 
 
 def stop_serves_watch() -> None:
