@@ -251,5 +251,7 @@ def test_of_two_classes_the_one_that_is_sought_comes_last(cluster: object, bucke
     assert "2 classes: view, buy; buy is the positive one" in summarise(manifest)
     other = prepare(make_spec(bucket, label="y"))
     assert other.output == Classes(("buy", "view"))
-    with pytest.raises(HeliostatError, match="positive is 'bought', but the data has .* buy, view"):
+    with pytest.raises(
+        HeliostatError, match=r"positive is 'bought', but the data has .* buy, view"
+    ):
         prepare(make_spec(bucket, label="y", positive="bought"))
