@@ -11,7 +11,7 @@ from heliostat.data.manifest import check_shards, load_manifest
 from heliostat.data.stream import read_split
 from heliostat.errors import HeliostatError
 from heliostat.evaluate import load_predictor, score
-from heliostat.evaluate.ranking import rank_items, render
+from heliostat.evaluate.ranking import explain_none, rank_items, render
 from heliostat.job import run
 
 
@@ -38,7 +38,7 @@ def main(path: str, *overrides: str) -> None:
     registry.record_evaluation(store, version, manifest.version, "test", record)
     print(f"{version.ref} on the test split of {manifest.name}@{manifest.version}\n")
     print(scores.render())
-    print(render(ranked))
+    print(explain_none(predictor) or render(ranked))
 
 
 if __name__ == "__main__":

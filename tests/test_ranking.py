@@ -12,9 +12,16 @@ from hypothesis.extra import numpy as nps
 from torch import Tensor, nn
 
 from heliostat.data.encoding import encode
-from heliostat.data.features import IdColumn, NumericColumn, TableFeatures, input_of
+from heliostat.data.features import Column, IdColumn, NumericColumn, TableFeatures, input_of
 from heliostat.evaluate import Predictor
-from heliostat.evaluate.ranking import Beside, can_rank, measure_ranks, rank_items, render
+from heliostat.evaluate.ranking import (
+    Beside,
+    can_rank,
+    explain_none,
+    measure_ranks,
+    rank_items,
+    render,
+)
 from heliostat.models.tasks import choose_task
 from heliostat.signature import Classes, Numbers, Output, Signature
 
@@ -152,16 +159,21 @@ def test_what_an_item_has_in_all_rows_goes_with_it_and_what_varies_is_held_at_th
 
 
 @pytest.mark.parametrize(
-    ("columns", "output"),
+    ("columns", "output", "reason"),
     [
-        ((USER,), RATING),
-        ((USER, NumericColumn("age", 0.0, 1.0, False)), RATING),
-        ((USER, ITEM), Numbers(("a", "b"), (0.0, 0.0), (1.0, 1.0))),
-        ((USER, ITEM), Classes(("a", "b", "c"))),
+        ((USER,), RATING, "1 columns are ids"),
+        ((USER, NumericColumn("age", 0.0, 1.0, False)), RATING, "1 columns are ids"),
+        ((USER, ITEM), Numbers(("a", "b"), (0.0, 0.0), (1.0, 1.0)), "2 numbers are predicted"),
+        ((USER, ITEM), Classes(("a", "b", "c")), "3 classes have no order"),
+        ((NumericColumn("age", 0.0, 1.0, False),), RATING, None),
     ],
 )
-def test_what_has_no_order_of_items_is_not_ranked(columns: tuple, output: Output) -> None:  # type: ignore[type-arg]
+def test_what_has_no_order_of_items_is_not_ranked_and_says_why(
+    columns: tuple[Column, ...], output: Output, reason: str | None
+) -> None:
     predictor = make_predictor(TableFeatures(columns), output)
     assert not can_rank(predictor)
+    assert (reason or "") in (explain_none(predictor) or "")
+    assert (explain_none(predictor) is None) == (reason is None)
     assert rank_items(predictor, [], []) == {}
     assert render({}) == ""

@@ -255,3 +255,13 @@ def test_of_two_classes_the_one_that_is_sought_comes_last(cluster: object, bucke
         HeliostatError, match=r"positive is 'bought', but the data has .* buy, view"
     ):
         prepare(make_spec(bucket, label="y", positive="bought"))
+
+
+@pytest.mark.cluster
+def test_a_table_of_what_was_liked_alone_is_refused(cluster: object, bucket: str) -> None:
+    rows = b"user,item,click\n" + b"".join(b"%d,%d,1\n" % (i % 7, i) for i in range(60))
+    ids = {"user": "id", "item": "id"}
+    spec = make_spec(bucket, label="click", columns=ids, task="regression")
+    upload(spec, {"t.csv": rows})
+    with pytest.raises(HeliostatError, match=r"label click is 1 in all training rows, .* add rows"):
+        prepare(spec)

@@ -8,9 +8,9 @@ from typing import Any
 from heliostat.data.manifest import REPORTED, SPLITS, Manifest, content_version, shard_from_json
 from heliostat.data.measure import settle_features, settle_numbers, unigram_nats
 from heliostat.data.pipeline import Outcome
-from heliostat.data.raw import Source, Survey
+from heliostat.data.raw import Layout, Source, Survey, TableLayout
 from heliostat.errors import HeliostatError, printable
-from heliostat.signature import Classes, NextToken, Output
+from heliostat.signature import Classes, NextToken, Numbers, Output
 from heliostat.spec import RunSpec
 from heliostat.storage import Store
 
@@ -108,12 +108,25 @@ def _settle_output(
     survey: Survey, written: list[Outcome], report: dict[str, Any]
 ) -> tuple[Output, list[str]]:
     if targets := survey.layout.targets:
-        return settle_numbers(targets, [o["targets"] for o in written if o["targets"]])
+        output, notes = settle_numbers(targets, [o["targets"] for o in written if o["targets"]])
+        if len(notes) == len(targets):
+            _refuse_likes_alone(survey.layout, output)
+        return output, notes
     unseen = [label for label, rows in report["rows_by_class"].items() if not rows["train"]]
     notes = [f"classes without a training row: {', '.join(unseen)}"] if unseen else []
     if not survey.labels:
         return NextToken(), notes
     return Classes(survey.labels), notes
+
+
+def _refuse_likes_alone(layout: Layout, output: Numbers) -> None:
+    """Of rows that all say the same of users and items, a model learns to say it of all."""
+    if isinstance(layout, TableLayout) and "id" in layout.kinds.values():
+        raise HeliostatError(
+            f"the label {', '.join(output.names)} is {output.mean[0]:g} in all training rows, so "
+            "no item can be put above another: add rows of what was seen and not taken, with "
+            "another label"
+        )
 
 
 def to_bytes(document: dict[str, Any]) -> bytes:

@@ -35,15 +35,26 @@ Matrix = npt.NDArray[np.bool_]
 def can_rank(predictor: Predictor) -> bool:
     """Whether a row is of a user and an item, and what is predicted has one order."""
     features = predictor.features
-    if not isinstance(features, TableFeatures) or len(features.ids) != 2:
-        return False
+    has_ids = isinstance(features, TableFeatures) and bool(features.ids)
+    return has_ids and explain_none(predictor) is None
+
+
+def explain_none(predictor: Predictor) -> str | None:
+    """Why rows with ids cannot be ranked; None if they can, or if they have none."""
+    features = predictor.features
+    if not isinstance(features, TableFeatures) or not features.ids:
+        return None
+    if (count := len(features.ids)) != 2:
+        return f"no ranking: {count} columns are ids, a ranking is of a user and an item"
     match predictor.output:
-        case Numbers(names):
-            return len(names) == 1
-        case Classes(labels):
-            return len(labels) == 2
-        case _:
-            return False
+        case Numbers(names) if len(names) > 1:
+            return f"no ranking: {len(names)} numbers are predicted, items are ranked by one"
+        case Classes(labels) if len(labels) > 2:
+            return (
+                f"no ranking: {len(labels)} classes have no order; set data.task=regression if "
+                "they are numbers"
+            )
+    return None
 
 
 def rank_items(

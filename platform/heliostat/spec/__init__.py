@@ -196,6 +196,10 @@ def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _read(path: str | Path, keys: str) -> dict[str, Any]:
     try:
         document = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HeliostatError(
+            f"cannot read the spec {path}: there is no such file in {Path.cwd()}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise HeliostatError(f"cannot read the spec {path}: {error}") from error
     except YAML_ERRORS as error:
