@@ -158,12 +158,80 @@ def test_a_text_in_parquet_that_is_not_utf8_is_a_sentence(read: Read, section: A
         read(data, **section)
 
 
+def rows_with(cells: dict[int, str], count: int, delimiter: str = ",") -> list[str]:
+    """Rows n,y,comment, with `cells` as the comments of some."""
+    return [delimiter.join((str(row), "pq"[row % 2], cells.get(row, "ok"))) for row in range(count)]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+@pytest.mark.parametrize(
+    ("cells", "bad"),
+    [
+        ({100: '"hello'}, {100: "not closed: in line 102"}),
+        ({199: '"hello'}, {199: "not closed: in line 201"}),
+        (
+            {100: '"hello', 150: '"hello'},
+            {100: "takes in other lines: in line 102", 150: "not closed: in line 152"},
+        ),
+        ({100: '"hello', 150: '5"'}, {100: "takes in other lines: in line 102"}),
+        ({100: '"hello', 150: '"yes"'}, {100: "takes in other lines: in line 102"}),
+        ({100: '"hello', 120: "", 130: '""', 150: '"a\nb"'}, {100: "takes in other lines"}),
+        ({100: '"hello', 130: "one,two;three\tfour", 150: '5"'}, {100: "takes", 130: "fields"}),
+    ],
+)
+def test_a_stray_quote_takes_no_other_row(
+    read: Read, delimiter: str, cells: dict[int, str], bad: dict[int, str]
+) -> None:
+    lines = [delimiter.join(("n", "y", "comment")), *rows_with(cells, 200, delimiter)]
+    _, rows = read({"t.csv": "\n".join(lines).encode()}, label="y")
+    found = bad_rows(rows)
+    assert rows.num_rows == 200
+    assert list(found) == [f"t.csv#{row}" for row in bad]
+    for problem, told in zip(found.values(), bad.values(), strict=True):
+        assert told in problem
+    good = [row for row in range(200) if row not in bad]
+    numbers = unpack(rows, "n")["x.n"].to_pylist()
+    assert [numbers[row] for row in good] == good
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0), (1, 0), (0, 1)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Great.\nOK",
+        "Great.\r\n\r\nReally, it is.",
+        "Hello, you\nGood, bye",
+        'He said ""no""\nand, well, left',
+        "a\n",
+        "a\nb\nc, d",
+        "; ".join(["several"] * 3) + "\nlines; of; it",
+    ],
+)
+def test_a_quoted_text_may_have_several_lines(
+    read: Read, delimiter: str, order: tuple[int, ...], text: str
+) -> None:
+    names = ("text", "y", "n")
+    lines = [delimiter.join(names[place] for place in order)]
+    for row in range(20):
+        cells = (f'"{text}{row}"', "pq"[row % 2], str(row))
+        lines.append(delimiter.join(cells[place] for place in order))
+    _, rows = read({"t.csv": "\n".join(lines).encode()}, label="y")
+    assert not bad_rows(rows)
+    told = text.replace('""', '"')
+    assert rows["x.text"].to_pylist() == [f"{told}{row}" for row in range(20)]
+
+
+def test_the_names_of_columns_have_no_open_quote(read: Read) -> None:
+    with pytest.raises(HeliostatError, match=r"the names of the columns of .*t\.csv: .* in line 1"):
+        read({"t.csv": b'n,"y\n1,p\n2,q\n'}, label="y")
+
+
 def test_a_stray_quote_between_tabs_hides_no_row(read: Read) -> None:
     lines = ["id\ttitle\ty", "1\tplain\ta", '2\t"Weird\tb', "3\tplain\ta", '4\t"x\tb']
     lines += ['5\t"q"\ta', "6\tplain\tb"]
     _, rows = read({"t.tsv": "\n".join(lines).encode()}, label="y")
-    assert [problem is None for problem in rows["problem"].to_pylist()] == [True, False, True, True]
-    assert "a quote that takes in other lines" in rows["problem"][1].as_py()
+    assert list(bad_rows(rows)) == ["t.tsv#1", "t.tsv#3"]
 
 
 def test_parquet_columns_by_their_types(read: Read) -> None:

@@ -1,6 +1,5 @@
 """Tables as raw data: CSV and Parquet, whose columns are numbers, categories, ids or labels."""
 
-import csv
 import io
 import math
 from collections.abc import Iterable, Iterator
@@ -32,6 +31,7 @@ from heliostat.data.raw import (
     raw_rows,
     sort_labels,
 )
+from heliostat.data.records import Record, read_records
 from heliostat.data.shards import pack_rows
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
@@ -40,7 +40,6 @@ from heliostat.storage import Store
 BATCH_ROWS = 4096
 NUMERIC_SHARE = 0.95
 DELIMITERS = ",;\t|"
-MAX_FIELD_CHARACTERS = 16 * 1024 * 1024
 MAX_LISTED = 20
 NUMERIC_TYPES = ("is_integer", "is_floating", "is_decimal", "is_timestamp", "is_date")
 TEXT_TYPES = ("is_string", "is_large_string", "is_string_view")
@@ -338,18 +337,16 @@ def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Tabl
 @contextmanager
 def open_csv(store: Store, key: str) -> Iterator[tuple[list[str], Iterator[Batch]]]:
     """The names of the columns, and the rows below them as text."""
-    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with open_raw(store, key) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        first = text.readline()
-        delimiter = max(DELIMITERS, key=first.count)
-        reader = csv.reader(chain([first], text), delimiter=delimiter, skipinitialspace=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            _check_header(header, f"{store.uri}/{key}")
-            yield header, _batches(header, reader, delimiter)
-        except csv.Error as error:
-            raise HeliostatError(f"{store.uri}/{key}, line {reader.line_num}: {error}") from error
+        line = text.readline()
+        records = read_records(chain([line], text), max(DELIMITERS, key=line.count))
+        first = next(records, Record([]))
+        if first.problem:
+            raise HeliostatError(f"the names of the columns of {store.uri}/{key}: {first.problem}")
+        header = [name.strip() for name in first.cells]
+        _check_header(header, f"{store.uri}/{key}")
+        yield header, _batches(header, records)
 
 
 def _check_header(header: list[str], place: str) -> None:
@@ -365,26 +362,26 @@ def _check_header(header: list[str], place: str) -> None:
         )
 
 
-def _batches(header: list[str], lines: Iterator[list[str]], delimiter: str) -> Iterator[Batch]:
-    numbered = enumerate(line for line in lines if line)
+def _batches(header: list[str], records: Iterator[Record]) -> Iterator[Batch]:
+    numbered = enumerate(record for record in records if record.cells or record.problem)
     while batch := list(islice(numbered, BATCH_ROWS)):
-        problems = [_find_problem(line, len(header), delimiter) for _, line in batch]
+        problems = [_find_problem(record, len(header)) for _, record in batch]
         blank = [""] * len(header)
         cells = [
-            blank if problem else line for (_, line), problem in zip(batch, problems, strict=True)
+            blank if problem else record.cells
+            for (_, record), problem in zip(batch, problems, strict=True)
         ]
         columns = map(pa.array, zip(*cells, strict=True))
         rows = [row for row, _ in batch]
         yield Batch(rows, problems, dict(zip(header, columns, strict=True)))
 
 
-def _find_problem(line: list[str], fields: int, delimiter: str) -> str | None:
-    if len(line) != fields:
-        return f"{len(line)} fields instead of {fields}"
-    # A quote within a text, as files with tabs often have it, takes all rows up to the next one.
-    if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in line):
-        return "a quote that takes in other lines: double it, or take quotes out"
-    return "not UTF-8 text" if SURROGATES.search("".join(line)) else None
+def _find_problem(record: Record, fields: int) -> str | None:
+    if record.problem:
+        return record.problem
+    if len(record.cells) != fields:
+        return f"{len(record.cells)} fields instead of {fields}"
+    return "not UTF-8 text" if SURROGATES.search("".join(record.cells)) else None
 
 
 # --- Parquet -------------------------------------------------------------------------------------
