@@ -141,6 +141,12 @@ def test_numbers_stand_in_columns_and_a_required_one_may_not_be_missing(tmp_path
     assert set(read(store, pieces)[0]) == {"source", "row", "y.low", "y.high"}
 
 
+def test_a_blank_line_in_a_file_of_one_column_has_its_number(tmp_path: Path) -> None:
+    store, pieces = run(tmp_path, "mails", {"t.csv": b"text\nhello\n\nbye\n"})
+    assert [row["row"] for row in read(store, pieces)] == [0, 2]
+    assert read_bad(store) == {("t.csv", 1): "empty"}
+
+
 def make_idx(values: np.ndarray[Any, Any]) -> bytes:
     sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
     return bytes((0, 0, 8, values.ndim)) + sizes + values.astype(np.uint8).tobytes()

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from datasets import unpack
-from heliostat.data.raw import find_source
+from heliostat.data.pipeline import FORMS
+from heliostat.data.raw import TableLayout, find_source
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec, SplitSpec
 
@@ -133,6 +134,18 @@ def test_a_column_without_a_name_is_left_out(read: Read) -> None:
     survey, rows = read({"t.csv": b",a,y\n0,5,p\n1,6,q\n"}, label="y")
     assert survey.layout.kinds == {"a": "numeric"}
     assert unpack(rows, "a")["x.a"].to_pylist() == [5, 6]
+
+
+def test_a_blank_line_is_a_row_where_there_is_one_column(
+    source: Callable[[dict[str, bytes]], Any],
+) -> None:
+    found = find_source(DataSpec(source=str(source({"t.csv": b"n\n1\n\n3\r\n\r\n"}))))
+    form, layout = FORMS[found.form], TableLayout((), {"n": "numeric"})
+    [unit] = form.split(found)
+    rows = unpack(pa.concat_tables(form.read(found.store, unit, layout)), "n")
+    assert rows["id"].to_pylist() == [f"t.csv#{row}" for row in range(4)]
+    assert rows["x.n"].to_pylist() == [1, None, 3, None]
+    assert not bad_rows(rows)
 
 
 def test_whole_labels_are_written_without_a_point(read: Read) -> None:

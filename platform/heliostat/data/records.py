@@ -18,7 +18,7 @@ class Record:
 
 
 def read_records(text: Iterable[str], delimiter: str) -> Iterator[Record]:
-    """The first record gives the width of the others.
+    """The first record gives the width of the others; of one column a blank line is an empty cell.
 
     A quote that nothing closes takes in all lines below it, and a second stray one hides that. Both
     are told from a text of several lines: such a record does not end with its quote, or its lines
@@ -76,7 +76,7 @@ class _Reader:
         self.width = self.width or len(cells)
         if fault := self._find_stray_quote(cells):
             return Record([], f"{fault}: in {place}, double it or take quotes out")
-        return Record(cells)
+        return Record(cells or [""] * (self.width == 1))
 
     def _find_stray_quote(self, cells: list[str]) -> str | None:
         if self._has_ended:
