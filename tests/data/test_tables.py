@@ -240,6 +240,23 @@ def test_the_names_of_columns_have_no_open_quote(read: Read) -> None:
         read({"t.csv": b'n,"y\n1,p\n2,q\n'}, label="y")
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("n,t,y\n1,é,p\n2,é,q\n".encode("latin-1"), r"2 of 2 rows .* t\.csv#0: not UTF-8 text"),
+        (b"n,y\n1,p,\n2,q,\n", r"2 of 2 rows .* t\.csv#0: 3 fields instead of 2"),
+        (b'n\tt\ty\n1\t"a\tp\n2\t"b\tq\n', r"2 of 2 rows .* t\.csv#0: a quote that takes"),
+        (b"n,y\n1,p,\n2,p\n", r"only the class 'p' \(1 of 2 rows .* t\.csv#0: 3 fields"),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "text"])
+def test_labels_that_no_usable_row_has_are_no_news_but_its_problem_is(
+    read: Read, text: bytes, sentence: str, form: str
+) -> None:
+    with pytest.raises(HeliostatError, match=sentence):
+        read({"t.csv": text}, label="y", format=form, text={"column": "n"})
+
+
 def test_a_stray_quote_between_tabs_hides_no_row(read: Read) -> None:
     lines = ["id\ttitle\ty", "1\tplain\ta", '2\t"Weird\tb', "3\tplain\ta", '4\t"x\tb']
     lines += ['5\t"q"\ta', "6\tplain\tb"]
@@ -302,6 +319,7 @@ def test_tables_that_cannot_be_a_data_set_are_refused(read: Read) -> None:
         ("is empty", {"t.csv": b"\n\n"}, {}),
         ("only the class 'p'", {"t.csv": b"a,y\n1,p\n2,p\n"}, {}),
         ("no labels", {"t.csv": b"a,y\n"}, {}),
+        ("the column y of .* has no labels", {"t.csv": b"a,y\n1,\n2,\n"}, {}),
         ("its first line must name the columns", {"t.csv": b"1,2\n3,4\n"}, {}),
         ("names the column a twice", {"t.csv": b"a,a,y\n1,2,p\n"}, {}),
         ("is not UTF-8 text", {"t.csv": "a,y\n1,p\n".encode("utf-16")}, {}),

@@ -27,9 +27,11 @@ from heliostat.data.raw import (
     Survey,
     TableLayout,
     Unit,
+    Unusable,
     open_raw,
     raw_rows,
     sort_labels,
+    tell_unusable,
 )
 from heliostat.data.records import Record, read_records
 from heliostat.data.shards import pack_rows
@@ -70,7 +72,9 @@ def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: Dat
     place = f"the column {label} of {source.store.uri}"
     return Survey(
         TableLayout(label, kept),
-        sort_labels(labels, place) if isinstance(label, str) else (),
+        sort_labels(labels, place, tell_unusable(found, source.store.uri))
+        if isinstance(label, str)
+        else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
         tuple(_describe_columns(kinds, kept)),
@@ -291,13 +295,15 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
 
 def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many values of each column there are, and how many of them are numbers."""
-    rows, labels = 0, set[str]()
+    rows, labels, unusable = 0, set[str](), Unusable()
     with open_csv(store, unit["key"]) as (header, batches):
         _check_label(header, data, f"{store.uri}/{unit['key']}")
         label = label_of(data)
         counts = {name: np.zeros(2, np.int64) for name in header}
         for batch in batches:
             rows += len(batch.rows)
+            for row, problem in zip(batch.rows, batch.problems, strict=True):
+                unusable.add(f"{unit['key']}#{row}", problem)
             for name, column in batch.columns.items():
                 counts[name] += _count_numbers(column)
             if isinstance(label, str):
@@ -308,6 +314,8 @@ def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
         "counts": {name: count.tolist() for name, count in counts.items()},
         "labels": sorted(labels),
         "rows": rows,
+        "unusable": unusable.count,
+        "example": unusable.example,
     }
 
 
@@ -406,6 +414,8 @@ def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
         "kinds": {name: _kind_of(kind) for name, kind in types.items()},
         "labels": sorted(labels),
         "rows": file.metadata.num_rows,
+        "unusable": 0,
+        "example": "",
     }
 
 
