@@ -296,6 +296,67 @@ def test_parquet_columns_by_their_types(read: Read) -> None:
     )
 
 
+def test_parquet_files_agree_on_what_a_column_is_not_on_how_wide_it_is(read: Read) -> None:
+    numbers: list[pa.Array] = [
+        pa.array([1, 2], pa.int32()),
+        pa.array([3, 4], pa.int64()),
+        pa.array([5.5, None]),
+        pa.array([6, 7], pa.decimal128(10, 2)),
+        pa.nulls(2),
+    ]
+    texts = [pa.nulls(2), pa.array(["a", "b"]), pa.array(["c", "d"], pa.large_string())]
+    texts += [pa.array(["e", "f"]).dictionary_encode(), pa.nulls(2)]
+    files = {
+        f"{place}.parquet": parquet({"n": n, "id": n, "c": n, "t": t, "y": ["p", "q"]})
+        for place, (n, t) in enumerate(zip(numbers, texts, strict=True))
+    }
+    for turned in (files, dict(zip(files, reversed(files.values()), strict=True))):
+        survey, rows = read(turned, label="y", columns={"c": "category", "id": "id"})
+        assert survey.layout.kinds == {
+            "n": "numeric",
+            "id": "id",
+            "c": "category",
+            "t": "category",
+        }
+        found = unpack(rows, "n").to_pylist()
+        if turned is not files:
+            found = [row for first in (8, 6, 4, 2, 0) for row in found[first : first + 2]]
+        written = ["1", "2", "3", "4", "5.5", None, "6", "7", None, None]
+        assert [row["x.n"] for row in found] == [text and float(text) for text in written]
+        assert [row["x.id"] for row in found] == [row["x.c"] for row in found] == written
+        assert [row["x.t"] for row in found] == [None, None, *"abcdef", None, None]
+        assert not bad_rows(rows)
+
+
+def test_a_type_that_only_other_files_contradict_is_refused(read: Read) -> None:
+    columns = [pa.nulls(1), pa.array([1]), pa.array(["a"])]
+    files = {f"{n}.pq": parquet({"c": column, "y": ["p"]}) for n, column in enumerate(columns)}
+    with pytest.raises(HeliostatError, match=r"1.pq has c \(int64\) where 2.pq has c \(string\)"):
+        read(files, label="y")
+
+
+def test_the_index_of_pandas_is_no_column_unless_it_is_asked_for(read: Read) -> None:
+    table = {"n": [1, 2], "y": ["p", "q"]}
+    files = {
+        "a.parquet": parquet(table | {"__index_level_0__": [7, 8]}),
+        "b.parquet": parquet(table),
+    }
+    survey, _ = read(files, label="y")
+    assert survey.layout.kinds == {"n": "numeric"}
+    assert any("__index_level_0__" in note and "ignored" in note for note in survey.notes)
+    columns = {"__index_level_0__": "numeric"}
+    survey, _ = read({"a.parquet": files["a.parquet"]}, label="y", columns=columns)
+    assert list(survey.layout.kinds) == ["n", "__index_level_0__"]
+    assert not any("ignored" in note for note in survey.notes)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_label_in_the_name_of_a_folder_is_said_to_be_there(read: Read, form: str) -> None:
+    data = b"n,m\n1,2\n" if form == "csv" else parquet({"n": [1], "m": [2]})
+    with pytest.raises(HeliostatError, match=r"one of n, m.* y=a is .*folder.*write y into"):
+        read({f"y=a/p.{form}": data, f"y=b/p.{form}": data}, label="y")
+
+
 def test_numbers_as_categories_are_written_as_in_a_request(read: Read) -> None:
     files = {"a.parquet": parquet({"i": [1, 2], "f": [1.0, 2.5], "y": ["p", "q"]})}
     _, rows = read(files, label="y", columns={"i": "category", "f": "category"})

@@ -2,9 +2,11 @@
 
 import io
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
 from typing import cast
@@ -43,9 +45,12 @@ BATCH_ROWS = 4096
 NUMERIC_SHARE = 0.95
 DELIMITERS = ",;\t|"
 MAX_LISTED = 20
-NUMERIC_TYPES = ("is_integer", "is_floating", "is_decimal", "is_timestamp", "is_date")
+NUMBER_TYPES = ("is_integer", "is_floating", "is_decimal")
+NUMERIC_TYPES = (*NUMBER_TYPES, "is_timestamp", "is_date")
 TEXT_TYPES = ("is_string", "is_large_string", "is_string_view")
 CATEGORY_OR_NUMERIC = ("numeric", "category")
+NULL = "null"
+PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 CATEGORY_TYPES = (*TEXT_TYPES, "is_boolean", "is_null")
 
 
@@ -77,7 +82,7 @@ def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: Dat
         else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
-        tuple(_describe_columns(kinds, kept)),
+        tuple(_describe_columns(kinds, kept, data)),
     )
 
 
@@ -113,8 +118,17 @@ def _check_label(names: list[str], data: DataSpec, place: str) -> list[str]:
     given = ", ".join(wanted) if data.label else None
     raise HeliostatError(
         f"data.label is {given!r}: set it to the column of {place} that is to be predicted, "
-        f"one of {_list_names(list(filter(None, names)))}"
+        f"one of {_list_names(list(filter(None, names)))}{_find_folder(wanted, place)}"
     )
+
+
+def _find_folder(wanted: list[str], place: str) -> str:
+    """A hint where a folder has the name of a column, as in partitioned data sets."""
+    for folder in place.split("/"):
+        name, is_partition, _ = folder.partition("=")
+        if is_partition and name in wanted:
+            return f"; {folder} is only the name of a folder: write {name} into the files"
+    return ""
 
 
 def _list_names(names: list[str]) -> str:
@@ -122,24 +136,40 @@ def _list_names(names: list[str]) -> str:
 
 
 def _check_same_columns(uri: str, found: list[Found]) -> None:
+    """Raises HeliostatError unless all have the same columns, each of one family or null."""
     first = found[0]
-    for part in found[1:]:
-        if part["types"] != first["types"]:
-            ours, theirs = first["types"].items(), part["types"].items()
-            raise HeliostatError(
-                f"the tables under {uri} differ: {first['key']} has {_list_types(ours - theirs)} "
-                f"where {part['key']} has {_list_types(theirs - ours)}"
-            )
+    typed: dict[str, Found] = {}  # the first part in which a column is not null
+    for part in found:
+        if part is not first and part["types"] == first["types"]:
+            continue
+        if different := part["types"].keys() ^ first["types"].keys():
+            raise _differ(uri, first, part, different)
+        for name, (family, _) in part["types"].items():
+            other = typed.setdefault(name, part) if family != NULL else part
+            if family != other["types"][name][0]:
+                raise _differ(uri, other, part, {name})
 
 
-def _list_types(types: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in sorted(types)) or "nothing"
+def _differ(uri: str, one: Found, other: Found, names: set[str]) -> HeliostatError:
+    return HeliostatError(
+        f"the tables under {uri} differ: {one['key']} has {_list_types(one, names)} "
+        f"where {other['key']} has {_list_types(other, names)}"
+    )
+
+
+def _list_types(part: Found, names: set[str]) -> str:
+    types = sorted((name, kind) for name, (_, kind) in part["types"].items() if name in names)
+    return ", ".join(f"{name} ({kind})" for name, kind in types) or "nothing"
 
 
 def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
     label = label_of(data)
     labels = (label,) if isinstance(label, str) else label
-    features = {name: kind for name, kind in kinds.items() if name not in ("", *labels)}
+    features = {
+        name: kind
+        for name, kind in kinds.items()
+        if name not in ("", *labels) and not _is_index(name, data)
+    }
     if unknown := data.columns.keys() - features.keys():
         raise HeliostatError(
             f"data.columns names {', '.join(sorted(unknown))}, but the columns beside the label "
@@ -166,13 +196,21 @@ def _order_ids(kept: dict[str, str], data: DataSpec) -> dict[str, str]:
     return dict((next(ids), kind) if kind == "id" else (name, kind) for name, kind in kept.items())
 
 
-def _describe_columns(kinds: dict[str, str], kept: dict[str, str]) -> Iterator[str]:
+def _is_index(name: str, data: DataSpec) -> bool:
+    """Whether pandas wrote the numbers of its rows there, and nobody asked for them."""
+    return PANDAS_INDEX.fullmatch(name) is not None and name not in data.columns
+
+
+def _describe_columns(kinds: dict[str, str], kept: dict[str, str], data: DataSpec) -> Iterator[str]:
     for kind in (*CATEGORY_OR_NUMERIC, "id"):
         names = [name for name in kept if kept[name] == kind]
         if names:
             yield f"{kind} columns: {_list_names(names)}; set data.columns to change it"
     if "" in kinds:
         yield "a column without a name is ignored"
+    for name in kinds:
+        if _is_index(name, data):
+            yield f"the column {name} is ignored, as it is the index of pandas"
 
 
 # --- Cleaning ------------------------------------------------------------------------------------
@@ -242,6 +280,9 @@ def _to_texts(column: pa.Array) -> pa.Array:
     if pa.types.is_floating(column.type):
         texts = [_number_text(value) for value in column.to_pylist()]
         return pa.array(texts, pa.string())
+    if pa.types.is_decimal(column.type):
+        texts = [_decimal_text(value) for value in column.to_pylist()]
+        return pa.array(texts, pa.string())
     if not _is_one_of(column.type, TEXT_TYPES):
         return column.cast(pa.string())
     cleaned = [value if value is None else clean_text(value) for value in column.to_pylist()]
@@ -252,6 +293,14 @@ def _number_text(value: float | None) -> str | None:
     if value is None or math.isnan(value):
         return None
     return write_number(value)
+
+
+def _decimal_text(value: Decimal | None) -> str | None:
+    """As that of the same number in another type."""
+    if value is None:
+        return None
+    whole, point, part = f"{value:f}".partition(".")
+    return whole + (point + part).rstrip("0").rstrip(".")
 
 
 def to_names(column: pa.Array) -> pa.Array:
@@ -310,7 +359,7 @@ def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
                 labels = _distinct(labels, batch.columns[label])
     return {
         "key": unit["key"],
-        "types": dict.fromkeys(header, "text"),
+        "types": dict.fromkeys(header, ("text", "text")),
         "counts": {name: count.tolist() for name, count in counts.items()},
         "labels": sorted(labels),
         "rows": rows,
@@ -410,7 +459,11 @@ def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
                 labels = _distinct(labels, plain(batch.column(label)))
     return {
         "key": unit["key"],
-        "types": {name: str(kind) for name, kind in types.items()},
+        "types": {
+            name: (_family_of(kind), str(kind))
+            for name, kind in types.items()
+            if not _is_index(name, data)
+        },
         "kinds": {name: _kind_of(kind) for name, kind in types.items()},
         "labels": sorted(labels),
         "rows": file.metadata.num_rows,
@@ -426,7 +479,14 @@ def _check_names(names: list[str], place: str) -> None:
 
 
 def _settle_parquet(source: Source, found: list[Found], data: DataSpec) -> Survey:
-    return _settle(source, found, found[0]["kinds"], data)
+    kinds: dict[str, str] = {}
+    for part in found:
+        kinds |= {
+            name: kind
+            for name, kind in part["kinds"].items()
+            if name not in kinds or part["types"].get(name, (NULL,))[0] != NULL
+        }
+    return _settle(source, found, kinds, data)
 
 
 def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
@@ -464,6 +524,13 @@ def plain(column: pa.Array) -> pa.Array:
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         values.validate(full=True)
     return values
+
+
+def _family_of(kind: pa.DataType) -> str:
+    """The same for types whose values mean the same in a table."""
+    if _is_one_of(kind, NUMBER_TYPES):
+        return "number"
+    return "text" if _is_one_of(kind, TEXT_TYPES) else str(kind)
 
 
 def _kind_of(kind: pa.DataType) -> str:
