@@ -126,7 +126,7 @@ def test_rows_of_tables_are_predicted_as_offline_and_bad_ones_are_named(tmp_path
     assert np.allclose([row["probabilities"] for row in rows], offline, atol=1e-6)
     assert [row["probability"] for row in rows] == [max(row["probabilities"]) for row in rows]
     assert read_bad(store) == {
-        ("a.csv", 2): "column age is not a number of at most 1e+100",
+        ("a.csv", 2): "column age is not a number of at most 1e+100: 'x'",
         ("a.csv", 3): "2 fields instead of 3",
     }
     assert sum(piece.bad for piece in pieces.values()) == 2

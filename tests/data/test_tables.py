@@ -17,9 +17,9 @@ import pytest
 
 from datasets import unpack
 from heliostat.data.pipeline import FORMS
-from heliostat.data.raw import TableLayout, find_source
+from heliostat.data.raw import TableLayout, choose_kind, find_source
 from heliostat.errors import HeliostatError
-from heliostat.spec import DataSpec, SplitSpec
+from heliostat.spec import DataSpec, SplitSpec, load
 
 Read = Callable[..., Any]
 CSV = b"""\xef\xbb\xbfage, town ,hours,who,income\r
@@ -109,11 +109,12 @@ def test_rows_that_cannot_be_used_are_named(read: Read) -> None:
     good = "".join(f"{row},{row % 2}\n" for row in range(100))
     text = f"n,y\n{good}1,2,3\nabc,1\ninf,1\n7,\n8".encode() + b"\n\xff,1\n"
     _, rows = read({"t.csv": text}, label="y")
+    advice = "mend it or set data.columns.n=category"
     assert rows.num_rows == 106
     assert bad_rows(rows) == {
         "t.csv#100": "3 fields instead of 2",
-        "t.csv#101": "column n is not a number of at most 1e+100",
-        "t.csv#102": "column n is not a number of at most 1e+100",
+        "t.csv#101": f"column n is not a number of at most 1e+100: 'abc', {advice}",
+        "t.csv#102": f"column n is not a number of at most 1e+100: 'inf', {advice}",
         "t.csv#103": "the label is missing",
         "t.csv#104": "1 fields instead of 2",
         "t.csv#105": "not UTF-8 text",
@@ -128,6 +129,47 @@ def test_a_column_is_numeric_if_nearly_all_of_it_is(read: Read) -> None:
     assert survey.layout.kinds == {"a": "category", "b": "numeric"}
     assert len(bad_rows(rows)) == 6
     assert read(data, label="y", columns={"b": "ignore"})[0].layout.kinds == {"a": "numeric"}
+
+
+def test_a_word_that_is_read_as_missing_is_told_where_it_may_be_a_value(read: Read) -> None:
+    words = ["NA", "NULL", "null", "None", "N/A", "?", "nan", "NaN", ""]
+    cells = [(words[row % 9], "None" if row % 2 else "p") for row in range(90)]
+    lines = [f"{row},{word},{label},{word}" for row, (word, label) in enumerate(cells)]
+    lines += [f"{row},DE,q,{row}" for row in range(90, 900)]
+    text = "\n".join(["n,country,y,m", *lines]).encode()
+    survey, rows = read({"a.csv": text, "b.csv": text}, label="y")
+    assert survey.layout.kinds["m"] == "numeric"
+    assert rows["x.country"][1].as_py() is None
+    told = [note for note in survey.notes if "missing" in note]
+    assert told[0].startswith("in the column y 'None' (90 times) is read as missing")
+    assert "'NA' (20 times)" in told[1]
+    assert len(told) == 2
+    with pytest.raises(HeliostatError, match=r"only the class 'p' \(in the column y 'None' \(4"):
+        read({"t.csv": b"n,y\n" + b"1,p\n2,None\n" * 4}, label="y")
+
+
+def test_numbers_with_commas_are_told_where_they_are_read_as_texts(read: Read) -> None:
+    lines = [f"{row},5;{row},000;{row}.5;1,{row},y;{'pq'[row % 2]}" for row in range(40)]
+    text = "\n".join(["half;thousand;point;text;y", *lines]).encode()
+    told = [note for note in read({"t.csv": text}, label="y")[0].notes if "commas" in note]
+    assert len(told) == 2
+    assert "the column half has numbers with commas, such as '0,5'" in told[0]
+    assert "the column thousand has numbers with commas, such as '0,000'" in told[1]
+    columns = {"half": "category", "thousand": "ignore"}
+    notes = read({"t.csv": text}, label="y", columns=columns)[0].notes
+    assert not any("commas" in note for note in notes)
+    _, rows = read({"t.csv": text}, label="half", task="regression")
+    assert bad_rows(rows)["t.csv#0"] == (
+        "label half is not a number of at most 1e+100: '0,5', mend it or set "
+        "data.task=classification if these are classes"
+    )
+
+
+@pytest.mark.parametrize("name", ["n", "a b", "a.b", "a=b", 'say "a.b", {c}: d'])
+def test_the_override_that_a_message_recommends_is_one(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("name: tiny\ndata: {source: raw}\nmodel: {kind: mlp}\n")
+    assert load(path, (choose_kind(name, "ignore"),)).data.columns == {name: "ignore"}
 
 
 def test_a_column_without_a_name_is_left_out(read: Read) -> None:
@@ -292,7 +334,8 @@ def test_parquet_columns_by_their_types(read: Read) -> None:
     assert [row["x.s"] for row in first] == ["Ulm", None]
     assert [row["x.c"] for row in first] == ["x", "y"]
     assert bad_rows(rows) == dict.fromkeys(
-        ["a.parquet#2", "b.pq#2"], "column f is not a number of at most 1e+100"
+        ["a.parquet#2", "b.pq#2"],
+        "column f is not a number of at most 1e+100: 'inf', mend it or set data.columns.f=category",
     )
 
 

@@ -1,6 +1,7 @@
 """Raw data: which objects under a source hold rows, in which form, and what each form must tell."""
 
 import gzip
+import json
 import re
 import zlib
 from collections import Counter
@@ -228,6 +229,13 @@ def label_type(targets: tuple[str, ...]) -> pa.DataType:
             return pa.float64()
         case count:
             return pa.list_(pa.float64(), count)
+
+
+def choose_kind(name: str, kind: str) -> str:
+    """The override that reads a column so; a dot or = in its name would end a key there."""
+    if re.search(r"[.=]", name):
+        return f"data.columns={{{json.dumps(name, ensure_ascii=False)}: {kind}}}"
+    return f"data.columns.{name}={kind}"
 
 
 @dataclass

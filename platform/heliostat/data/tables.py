@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
@@ -30,6 +30,7 @@ from heliostat.data.raw import (
     TableLayout,
     Unit,
     Unusable,
+    choose_kind,
     open_raw,
     raw_rows,
     sort_labels,
@@ -37,14 +38,15 @@ from heliostat.data.raw import (
 )
 from heliostat.data.records import Record, read_records
 from heliostat.data.shards import pack_rows
+from heliostat.data.tally import Tally, add_up
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 from heliostat.storage import Store
 
 BATCH_ROWS = 4096
-NUMERIC_SHARE = 0.95
 DELIMITERS = ",;\t|"
 MAX_LISTED = 20
+MAX_SHOWN = 40
 NUMBER_TYPES = ("is_integer", "is_floating", "is_decimal")
 NUMERIC_TYPES = (*NUMBER_TYPES, "is_timestamp", "is_date")
 TEXT_TYPES = ("is_string", "is_large_string", "is_string_view")
@@ -67,7 +69,13 @@ def _split_tables(source: Source) -> list[Unit]:
     return [{"key": entry.key} for entry in source.entries]
 
 
-def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: DataSpec) -> Survey:
+def _settle(
+    source: Source,
+    found: list[Found],
+    kinds: dict[str, str],
+    data: DataSpec,
+    tallies: dict[str, Tally] | None = None,
+) -> Survey:
     """What follows from the surveys of all files and the kind of each column by its content."""
     _check_same_columns(source.store.uri, found)
     label = label_of(data)
@@ -75,15 +83,28 @@ def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: Dat
     rows = sum(part["rows"] for part in found)
     labels = {label for part in found for label in part["labels"]}
     place = f"the column {label} of {source.store.uri}"
+    layout = TableLayout(label, kept)
+    read_otherwise = list(_describe_texts(layout, tallies or {}, data))
+    why_not = "; ".join(filter(None, (tell_unusable(found, source.store.uri), *read_otherwise[:1])))
     return Survey(
-        TableLayout(label, kept),
-        sort_labels(labels, place, tell_unusable(found, source.store.uri))
-        if isinstance(label, str)
-        else (),
+        layout,
+        sort_labels(labels, place, why_not) if isinstance(label, str) else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
-        tuple(_describe_columns(kinds, kept, data)),
+        (*_describe_columns(kinds, kept, data), *read_otherwise),
     )
+
+
+def _describe_texts(
+    layout: TableLayout, tallies: dict[str, Tally], data: DataSpec
+) -> Iterator[str]:
+    """What may be meant otherwise than it is read, first of all in the label."""
+    for name in (layout.label, *layout.texts) if isinstance(layout.label, str) else layout.texts:
+        tally = tallies.get(name, Tally())
+        if tally.words:
+            yield tally.tell_words(name)
+        if tally.has_commas and name in layout.texts and name not in data.columns:
+            yield tally.tell_commas(name)
 
 
 def label_of(data: DataSpec) -> str | tuple[str, ...]:
@@ -181,7 +202,7 @@ def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
         if features[name] not in CATEGORY_OR_NUMERIC:
             raise HeliostatError(
                 f"the column {name} has the type {features[name]}, which is neither a number nor "
-                f"a text: set data.columns.{name}=ignore"
+                f"a text: set {choose_kind(name, 'ignore')}"
             )
     if not kept:
         raise HeliostatError(
@@ -222,7 +243,9 @@ def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
     labels = _clean_labels(batch, layout, problems)
     numbers = np.empty((len(batch.rows), len(layout.numeric)), "<f8")
     for place, name in enumerate(layout.numeric):
-        numbers[:, place] = _clean_numbers(batch.columns[name], f"column {name}", problems)
+        advice = f", mend it or set {choose_kind(name, 'category')}" if layout.label else ""
+        column = batch.columns[name]
+        numbers[:, place] = _clean_numbers(column, f"column {name}", problems, advice)
     payload = {NUMBERS: pack_rows(numbers)} if layout.numeric else {}
     for name in layout.texts:
         to_texts = to_names if layout.kinds[name] == "id" else _to_texts
@@ -239,8 +262,11 @@ def _clean_labels(batch: Batch, layout: TableLayout, problems: list[str | None])
         _mark(problems, _where_null(labels), "the label is missing")
         return labels
     numbers = np.empty((len(batch.rows), len(layout.label)))
+    advice = ", mend it or set data.task=classification if these are classes"
+    advice = advice if len(layout.label) == 1 else ""
     for place, name in enumerate(layout.label):
-        numbers[:, place] = _clean_numbers(batch.columns[name], f"label {name}", problems)
+        column = batch.columns[name]
+        numbers[:, place] = _clean_numbers(column, f"label {name}", problems, advice)
         _mark(problems, np.isnan(numbers[:, place]), f"label {name} is missing")
     flat = pa.array(numbers.ravel())
     return (
@@ -256,9 +282,15 @@ def _check_present(layout: TableLayout, names: list[str], place: str) -> None:
             raise HeliostatError(f"{place} has no column {name}, it has {_list_names(names)}")
 
 
-def _clean_numbers(column: pa.Array, place: str, problems: list[str | None]) -> NDArray[np.float64]:
+def _clean_numbers(
+    column: pa.Array, place: str, problems: list[str | None], advice: str = ""
+) -> NDArray[np.float64]:
+    """Numbers, NaN where missing; what else is there is shown in a problem, with the `advice`."""
     values, wrong = _to_numbers(column)
-    _mark(problems, _to_mask(wrong), f"{place} is not a number of at most {MAX_NUMBER:g}")
+    for index in np.flatnonzero(_to_mask(wrong)):
+        shown = repr(str(column[index].as_py())[:MAX_SHOWN])
+        problem = f"{place} is not a number of at most {MAX_NUMBER:g}: {shown}{advice}"
+        problems[index] = problems[index] or problem
     return cast(NDArray[np.float64], values.to_numpy(zero_copy_only=False))
 
 
@@ -348,19 +380,19 @@ def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     with open_csv(store, unit["key"]) as (header, batches):
         _check_label(header, data, f"{store.uri}/{unit['key']}")
         label = label_of(data)
-        counts = {name: np.zeros(2, np.int64) for name in header}
+        tallies = {name: Tally() for name in header}
         for batch in batches:
             rows += len(batch.rows)
             for row, problem in zip(batch.rows, batch.problems, strict=True):
                 unusable.add(f"{unit['key']}#{row}", problem)
             for name, column in batch.columns.items():
-                counts[name] += _count_numbers(column)
+                tallies[name].add(column, *_to_numbers(column))
             if isinstance(label, str):
                 labels = _distinct(labels, batch.columns[label])
     return {
         "key": unit["key"],
         "types": dict.fromkeys(header, ("text", "text")),
-        "counts": {name: count.tolist() for name, count in counts.items()},
+        "tallies": {name: asdict(tally) for name, tally in tallies.items()},
         "labels": sorted(labels),
         "rows": rows,
         "unusable": unusable.count,
@@ -368,20 +400,13 @@ def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     }
 
 
-def _count_numbers(column: pa.Array) -> tuple[int, int]:
-    numbers, wrong = _to_numbers(column)
-    present = len(column) - numbers.null_count
-    return present + pc.sum(wrong, min_count=0).as_py(), present
-
-
 def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
-    kinds = {}
-    for name in found[0]["types"]:
-        counts = [part["counts"].get(name, (0, 0)) for part in found]
-        present, numbers = (sum(count) for count in zip(*counts, strict=True))
-        is_numeric = present and numbers >= NUMERIC_SHARE * present
-        kinds[name] = "numeric" if is_numeric else "category"
-    return _settle(source, found, kinds, data)
+    tallies = {
+        name: add_up(part["tallies"][name] for part in found if name in part["tallies"])
+        for name in found[0]["types"]
+    }
+    kinds = {name: tally.kind for name, tally in tallies.items()}
+    return _settle(source, found, kinds, data, tallies)
 
 
 def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
