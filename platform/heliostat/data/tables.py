@@ -81,6 +81,10 @@ def _settle(
     label = label_of(data)
     kept = _keep_columns(kinds, data)
     rows = sum(part["rows"] for part in found)
+    if not rows:
+        raise HeliostatError(
+            f"the tables under {source.store.uri} have names of columns but no row below them"
+        )
     labels = {label for part in found for label in part["labels"]}
     place = f"the column {label} of {source.store.uri}"
     layout = TableLayout(label, kept)
