@@ -126,7 +126,7 @@ def test_rows_of_tables_are_predicted_as_offline_and_bad_ones_are_named(tmp_path
     assert np.allclose([row["probabilities"] for row in rows], offline, atol=1e-6)
     assert [row["probability"] for row in rows] == [max(row["probabilities"]) for row in rows]
     assert read_bad(store) == {
-        ("a.csv", 2): "column age is not a number of at most 1e+100",
+        ("a.csv", 2): "column age is not a number of at most 1e+100: 'x'",
         ("a.csv", 3): "2 fields instead of 3",
     }
     assert sum(piece.bad for piece in pieces.values()) == 2
@@ -139,6 +139,12 @@ def test_numbers_stand_in_columns_and_a_required_one_may_not_be_missing(tmp_path
     assert problem == "column age is missing, and training saw no row without it"
     store, pieces = run(tmp_path / "other", "prices", PEOPLE)
     assert set(read(store, pieces)[0]) == {"source", "row", "y.low", "y.high"}
+
+
+def test_a_blank_line_in_a_file_of_one_column_has_its_number(tmp_path: Path) -> None:
+    store, pieces = run(tmp_path, "mails", {"t.csv": b"text\nhello\n\nbye\n"})
+    assert [row["row"] for row in read(store, pieces)] == [0, 2]
+    assert read_bad(store) == {("t.csv", 1): "empty"}
 
 
 def make_idx(values: np.ndarray[Any, Any]) -> bytes:

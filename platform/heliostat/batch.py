@@ -54,7 +54,7 @@ from heliostat.spec import DataSpec, RunSpec, SplitSpec, digest, parse, referenc
 from heliostat.storage import Store, connect
 from heliostat.storage.documents import Damaged, read_document
 
-FORMAT = 1
+FORMAT = 2
 SUITED = {
     ImageFeatures: ("images", "idx"),
     SeriesFeatures: ("series",),

@@ -87,8 +87,8 @@ def test_rows_without_a_number_for_a_label_are_named(read: Read) -> None:
     assert problems == {
         "t.csv#0": None,
         "t.csv#1": "label y is missing",
-        "t.csv#2": "label z is not a number of at most 1e+100",
-        "t.csv#3": "label y is not a number of at most 1e+100",
+        "t.csv#2": "label z is not a number of at most 1e+100: 'abc'",
+        "t.csv#3": "label y is not a number of at most 1e+100: 'inf'",
         "t.csv#4": "label z is missing",
         "t.csv#5": None,
     }

@@ -88,7 +88,9 @@ def test_labels_can_be_numbers(read: Read) -> None:
         ("1,2:a\n", "is not a .ts file of series: it has '1,2:a'"),
         ("@timeStamps true\n@classLabel true\n@data\n(0,1):a\n", "has time stamps"),
         ("@classLabel false\n@data\n1,2\n", "has no labels"),
-        (f"{HEADER}?:a\n1:2:b\n", "no case under"),
+        (f"{HEADER}?:a\n1:2:b\n", r"2 of 2 rows under .* such as p\.ts#0: no values"),
+        (f"{HEADER}1:2,3:a\n4:5,6:b\n", r"2 of 2 rows .* p\.ts#0: channels of different lengths"),
+        (HEADER, "no case under"),
         (f"{HEADER}1:a\n2:a\n", "only the class 'a'"),
     ],
 )

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from datasets import unpack
-from heliostat.data.raw import find_source
+from heliostat.data.pipeline import FORMS
+from heliostat.data.raw import TableLayout, choose_kind, find_source
 from heliostat.errors import HeliostatError
-from heliostat.spec import DataSpec, SplitSpec
+from heliostat.spec import DataSpec, SplitSpec, load
 
 Read = Callable[..., Any]
 CSV = b"""\xef\xbb\xbfage, town ,hours,who,income\r
@@ -140,11 +141,12 @@ def test_rows_that_cannot_be_used_are_named(read: Read) -> None:
     good = "".join(f"{row},{row % 2}\n" for row in range(100))
     text = f"n,y\n{good}1,2,3\nabc,1\ninf,1\n7,\n8".encode() + b"\n\xff,1\n"
     _, rows = read({"t.csv": text}, label="y")
+    advice = "mend it or set data.columns.n=category"
     assert rows.num_rows == 106
     assert bad_rows(rows) == {
         "t.csv#100": "3 fields instead of 2",
-        "t.csv#101": "column n is not a number of at most 1e+100",
-        "t.csv#102": "column n is not a number of at most 1e+100",
+        "t.csv#101": f"column n is not a number of at most 1e+100: 'abc', {advice}",
+        "t.csv#102": f"column n is not a number of at most 1e+100: 'inf', {advice}",
         "t.csv#103": "the label is missing",
         "t.csv#104": "1 fields instead of 2",
         "t.csv#105": "not UTF-8 text",
@@ -161,10 +163,63 @@ def test_a_column_is_numeric_if_nearly_all_of_it_is(read: Read) -> None:
     assert read(data, label="y", columns={"b": "ignore"})[0].layout.kinds == {"a": "numeric"}
 
 
+def test_a_word_that_is_read_as_missing_is_told_where_it_may_be_a_value(read: Read) -> None:
+    words = ["NA", "NULL", "null", "None", "N/A", "?", "nan", "NaN", ""]
+    cells = [(words[row % 9], "None" if row % 2 else "p") for row in range(90)]
+    lines = [f"{row},{word},{label},{word}" for row, (word, label) in enumerate(cells)]
+    lines += [f"{row},DE,q,{row}" for row in range(90, 900)]
+    text = "\n".join(["n,country,y,m", *lines]).encode()
+    survey, rows = read({"a.csv": text, "b.csv": text}, label="y")
+    assert survey.layout.kinds["m"] == "numeric"
+    assert rows["x.country"][1].as_py() is None
+    told = [note for note in survey.notes if "missing" in note]
+    assert told[0].startswith("in the column y 'None' (90 times) is read as missing")
+    assert "'NA' (20 times)" in told[1]
+    assert len(told) == 2
+    with pytest.raises(HeliostatError, match=r"only the class 'p' \(in the column y 'None' \(4"):
+        read({"t.csv": b"n,y\n" + b"1,p\n2,None\n" * 4}, label="y")
+
+
+def test_numbers_with_commas_are_told_where_they_are_read_as_texts(read: Read) -> None:
+    lines = [f"{row},5;{row},000;{row}.5;1,{row},y;{'pq'[row % 2]}" for row in range(40)]
+    text = "\n".join(["half;thousand;point;text;y", *lines]).encode()
+    told = [note for note in read({"t.csv": text}, label="y")[0].notes if "commas" in note]
+    assert len(told) == 2
+    assert "the column half has numbers with commas, such as '0,5'" in told[0]
+    assert "the column thousand has numbers with commas, such as '0,000'" in told[1]
+    columns = {"half": "category", "thousand": "ignore"}
+    notes = read({"t.csv": text}, label="y", columns=columns)[0].notes
+    assert not any("commas" in note for note in notes)
+    _, rows = read({"t.csv": text}, label="half", task="regression")
+    assert bad_rows(rows)["t.csv#0"] == (
+        "label half is not a number of at most 1e+100: '0,5', mend it or set "
+        "data.task=classification if these are classes"
+    )
+
+
+@pytest.mark.parametrize("name", ["n", "a b", "a.b", "a=b", 'say "a.b", {c}: d'])
+def test_the_override_that_a_message_recommends_is_one(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("name: tiny\ndata: {source: raw}\nmodel: {kind: mlp}\n")
+    assert load(path, (choose_kind(name, "ignore"),)).data.columns == {name: "ignore"}
+
+
 def test_a_column_without_a_name_is_left_out(read: Read) -> None:
     survey, rows = read({"t.csv": b",a,y\n0,5,p\n1,6,q\n"}, label="y")
     assert survey.layout.kinds == {"a": "numeric"}
     assert unpack(rows, "a")["x.a"].to_pylist() == [5, 6]
+
+
+def test_a_blank_line_is_a_row_where_there_is_one_column(
+    source: Callable[[dict[str, bytes]], Any],
+) -> None:
+    found = find_source(DataSpec(source=str(source({"t.csv": b"n\n1\n\n3\r\n\r\n"}))))
+    form, layout = FORMS[found.form], TableLayout((), {"n": "numeric"})
+    [unit] = form.split(found)
+    rows = unpack(pa.concat_tables(form.read(found.store, unit, layout)), "n")
+    assert rows["id"].to_pylist() == [f"t.csv#{row}" for row in range(4)]
+    assert rows["x.n"].to_pylist() == [1, None, 3, None]
+    assert not bad_rows(rows)
 
 
 def test_whole_labels_are_written_without_a_point(read: Read) -> None:
@@ -190,12 +245,97 @@ def test_a_text_in_parquet_that_is_not_utf8_is_a_sentence(read: Read, section: A
         read(data, **section)
 
 
+def rows_with(cells: dict[int, str], count: int, delimiter: str = ",") -> list[str]:
+    """Rows n,y,comment, with `cells` as the comments of some."""
+    return [delimiter.join((str(row), "pq"[row % 2], cells.get(row, "ok"))) for row in range(count)]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+@pytest.mark.parametrize(
+    ("cells", "bad"),
+    [
+        ({100: '"hello'}, {100: "not closed: in line 102"}),
+        ({199: '"hello'}, {199: "not closed: in line 201"}),
+        (
+            {100: '"hello', 150: '"hello'},
+            {100: "takes in other lines: in line 102", 150: "not closed: in line 152"},
+        ),
+        ({100: '"hello', 150: '5"'}, {100: "takes in other lines: in line 102"}),
+        ({100: '"hello', 150: '"yes"'}, {100: "takes in other lines: in line 102"}),
+        ({100: '"hello', 120: "", 130: '""', 150: '"a\nb"'}, {100: "takes in other lines"}),
+        ({100: '"hello', 130: "one,two;three\tfour", 150: '5"'}, {100: "takes", 130: "fields"}),
+    ],
+)
+def test_a_stray_quote_takes_no_other_row(
+    read: Read, delimiter: str, cells: dict[int, str], bad: dict[int, str]
+) -> None:
+    lines = [delimiter.join(("n", "y", "comment")), *rows_with(cells, 200, delimiter)]
+    _, rows = read({"t.csv": "\n".join(lines).encode()}, label="y")
+    found = bad_rows(rows)
+    assert rows.num_rows == 200
+    assert list(found) == [f"t.csv#{row}" for row in bad]
+    for problem, told in zip(found.values(), bad.values(), strict=True):
+        assert told in problem
+    good = [row for row in range(200) if row not in bad]
+    numbers = unpack(rows, "n")["x.n"].to_pylist()
+    assert [numbers[row] for row in good] == good
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0), (1, 0), (0, 1)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Great.\nOK",
+        "Great.\r\n\r\nReally, it is.",
+        "Hello, you\nGood, bye",
+        'He said ""no""\nand, well, left',
+        "a\n",
+        "a\nb\nc, d",
+        "; ".join(["several"] * 3) + "\nlines; of; it",
+    ],
+)
+def test_a_quoted_text_may_have_several_lines(
+    read: Read, delimiter: str, order: tuple[int, ...], text: str
+) -> None:
+    names = ("text", "y", "n")
+    lines = [delimiter.join(names[place] for place in order)]
+    for row in range(20):
+        cells = (f'"{text}{row}"', "pq"[row % 2], str(row))
+        lines.append(delimiter.join(cells[place] for place in order))
+    _, rows = read({"t.csv": "\n".join(lines).encode()}, label="y")
+    assert not bad_rows(rows)
+    told = text.replace('""', '"')
+    assert rows["x.text"].to_pylist() == [f"{told}{row}" for row in range(20)]
+
+
+def test_the_names_of_columns_have_no_open_quote(read: Read) -> None:
+    with pytest.raises(HeliostatError, match=r"the names of the columns of .*t\.csv: .* in line 1"):
+        read({"t.csv": b'n,"y\n1,p\n2,q\n'}, label="y")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("n,t,y\n1,é,p\n2,é,q\n".encode("latin-1"), r"2 of 2 rows .* t\.csv#0: not UTF-8 text"),
+        (b"n,y\n1,p,\n2,q,\n", r"2 of 2 rows .* t\.csv#0: 3 fields instead of 2"),
+        (b'n\tt\ty\n1\t"a\tp\n2\t"b\tq\n', r"2 of 2 rows .* t\.csv#0: a quote that takes"),
+        (b"n,y\n1,p,\n2,p\n", r"only the class 'p' \(1 of 2 rows .* t\.csv#0: 3 fields"),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "text"])
+def test_labels_that_no_usable_row_has_are_no_news_but_its_problem_is(
+    read: Read, text: bytes, sentence: str, form: str
+) -> None:
+    with pytest.raises(HeliostatError, match=sentence):
+        read({"t.csv": text}, label="y", format=form, text={"column": "n"})
+
+
 def test_a_stray_quote_between_tabs_hides_no_row(read: Read) -> None:
     lines = ["id\ttitle\ty", "1\tplain\ta", '2\t"Weird\tb', "3\tplain\ta", '4\t"x\tb']
     lines += ['5\t"q"\ta', "6\tplain\tb"]
     _, rows = read({"t.tsv": "\n".join(lines).encode()}, label="y")
-    assert [problem is None for problem in rows["problem"].to_pylist()] == [True, False, True, True]
-    assert "a quote that takes in other lines" in rows["problem"][1].as_py()
+    assert list(bad_rows(rows)) == ["t.tsv#1", "t.tsv#3"]
 
 
 def test_parquet_columns_by_their_types(read: Read) -> None:
@@ -226,8 +366,70 @@ def test_parquet_columns_by_their_types(read: Read) -> None:
     assert [row["x.s"] for row in first] == ["Ulm", None]
     assert [row["x.c"] for row in first] == ["x", "y"]
     assert bad_rows(rows) == dict.fromkeys(
-        ["a.parquet#2", "b.pq#2"], "column f is not a number of at most 1e+100"
+        ["a.parquet#2", "b.pq#2"],
+        "column f is not a number of at most 1e+100: 'inf', mend it or set data.columns.f=category",
     )
+
+
+def test_parquet_files_agree_on_what_a_column_is_not_on_how_wide_it_is(read: Read) -> None:
+    numbers: list[pa.Array] = [
+        pa.array([1, 2], pa.int32()),
+        pa.array([3, 4], pa.int64()),
+        pa.array([5.5, None]),
+        pa.array([6, 7], pa.decimal128(10, 2)),
+        pa.nulls(2),
+    ]
+    texts = [pa.nulls(2), pa.array(["a", "b"]), pa.array(["c", "d"], pa.large_string())]
+    texts += [pa.array(["e", "f"]).dictionary_encode(), pa.nulls(2)]
+    files = {
+        f"{place}.parquet": parquet({"n": n, "id": n, "c": n, "t": t, "y": ["p", "q"]})
+        for place, (n, t) in enumerate(zip(numbers, texts, strict=True))
+    }
+    for turned in (files, dict(zip(files, reversed(files.values()), strict=True))):
+        survey, rows = read(turned, label="y", columns={"c": "category", "id": "id"})
+        assert survey.layout.kinds == {
+            "n": "numeric",
+            "id": "id",
+            "c": "category",
+            "t": "category",
+        }
+        found = unpack(rows, "n").to_pylist()
+        if turned is not files:
+            found = [row for first in (8, 6, 4, 2, 0) for row in found[first : first + 2]]
+        written = ["1", "2", "3", "4", "5.5", None, "6", "7", None, None]
+        assert [row["x.n"] for row in found] == [text and float(text) for text in written]
+        assert [row["x.id"] for row in found] == [row["x.c"] for row in found] == written
+        assert [row["x.t"] for row in found] == [None, None, *"abcdef", None, None]
+        assert not bad_rows(rows)
+
+
+def test_a_type_that_only_other_files_contradict_is_refused(read: Read) -> None:
+    columns = [pa.nulls(1), pa.array([1]), pa.array(["a"])]
+    files = {f"{n}.pq": parquet({"c": column, "y": ["p"]}) for n, column in enumerate(columns)}
+    with pytest.raises(HeliostatError, match=r"1.pq has c \(int64\) where 2.pq has c \(string\)"):
+        read(files, label="y")
+
+
+def test_the_index_of_pandas_is_no_column_unless_it_is_asked_for(read: Read) -> None:
+    table = {"n": [1, 2], "y": ["p", "q"]}
+    files = {
+        "a.parquet": parquet(table | {"__index_level_0__": [7, 8]}),
+        "b.parquet": parquet(table),
+    }
+    survey, _ = read(files, label="y")
+    assert survey.layout.kinds == {"n": "numeric"}
+    assert any("__index_level_0__" in note and "ignored" in note for note in survey.notes)
+    columns = {"__index_level_0__": "numeric"}
+    survey, _ = read({"a.parquet": files["a.parquet"]}, label="y", columns=columns)
+    assert list(survey.layout.kinds) == ["n", "__index_level_0__"]
+    assert not any("ignored" in note for note in survey.notes)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_label_in_the_name_of_a_folder_is_said_to_be_there(read: Read, form: str) -> None:
+    data = b"n,m\n1,2\n" if form == "csv" else parquet({"n": [1], "m": [2]})
+    with pytest.raises(HeliostatError, match=r"one of n, m.* y=a is .*folder.*write y into"):
+        read({f"y=a/p.{form}": data, f"y=b/p.{form}": data}, label="y")
 
 
 def test_numbers_as_categories_are_written_as_in_a_request(read: Read) -> None:
@@ -252,7 +454,10 @@ def test_tables_that_cannot_be_a_data_set_are_refused(read: Read) -> None:
         ("is empty", {"t.csv": b""}, {}),
         ("is empty", {"t.csv": b"\n\n"}, {}),
         ("only the class 'p'", {"t.csv": b"a,y\n1,p\n2,p\n"}, {}),
-        ("no labels", {"t.csv": b"a,y\n"}, {}),
+        ("have names of columns but no row", {"t.csv": b"a,y\n"}, {}),
+        ("but no row", {"t.csv": b"a,y\n", "u.csv": b"a,y\n"}, {"task": "regression"}),
+        ("but no row", {"t.pq": parquet({"a": [], "y": pa.nulls(0)})}, {"task": "regression"}),
+        ("the column y of .* has no labels", {"t.csv": b"a,y\n1,\n2,\n"}, {}),
         ("its first line must name the columns", {"t.csv": b"1,2\n3,4\n"}, {}),
         ("names the column a twice", {"t.csv": b"a,a,y\n1,2,p\n"}, {}),
         ("is not UTF-8 text", {"t.csv": "a,y\n1,p\n".encode("utf-16")}, {}),

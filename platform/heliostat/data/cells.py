@@ -5,7 +5,7 @@ from typing import cast
 
 MAX_NUMBER = 1e100  # so that squares and their sums are numbers too
 WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0*")
-MISSING_TEXTS = frozenset({"", "NA", "N/A", "nan", "NaN", "null", "None", "?"})
+MISSING_TEXTS = frozenset({"", "NA", "N/A", "nan", "NaN", "null", "NULL", "None", "?"})
 
 
 def clean_text(value: str) -> str | None:

@@ -32,6 +32,7 @@ from heliostat.data.raw import (
     SeriesLayout,
     TableLayout,
     TextLayout,
+    choose_kind,
     sort_names,
 )
 from heliostat.data.shards import image_bytes, row_bytes, series_values
@@ -131,7 +132,7 @@ def _check_ids(name: str, count: int) -> None:
     if count > MAX_IDS:
         raise HeliostatError(
             f"the id column {name} has more than {MAX_IDS:,} values, and each needs an embedding: "
-            f"put the rare ones together, or set data.columns.{name}=ignore"
+            f"put the rare ones together, or set {choose_kind(name, 'ignore')}"
         )
 
 

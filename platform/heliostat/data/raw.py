@@ -1,6 +1,7 @@
 """Raw data: which objects under a source hold rows, in which form, and what each form must tell."""
 
 import gzip
+import json
 import re
 import zlib
 from collections import Counter
@@ -233,8 +234,39 @@ def label_type(targets: tuple[str, ...]) -> pa.DataType:
             return pa.list_(pa.float64(), count)
 
 
-def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
-    """Label names in order: by number if all are numbers.
+def choose_kind(name: str, kind: str) -> str:
+    """The override that reads a column so; a dot or = in its name would end a key there."""
+    if re.search(r"[.=]", name):
+        return f"data.columns={{{json.dumps(name, ensure_ascii=False)}: {kind}}}"
+    return f"data.columns.{name}={kind}"
+
+
+@dataclass
+class Unusable:
+    """How many rows a survey saw that cannot be used, and the first of them with its problem."""
+
+    count: int = 0
+    example: str = ""
+
+    def add(self, row_id: str, problem: str | None) -> None:
+        if problem:
+            self.count += 1
+            self.example = self.example or f"{row_id}: {problem}"
+
+
+def tell_unusable(found: list[Found], uri: str) -> str:
+    """A sentence on the `unusable` rows of all surveys; empty if there are none."""
+    rows, count = (sum(part[name] for part in found) for name in ("rows", "unusable"))
+    examples = (part["example"] for part in found if part["example"])
+    return (
+        f"{count:,} of {rows:,} rows under {uri} cannot be used, such as {next(examples)}"
+        if count
+        else ""
+    )
+
+
+def sort_labels(labels: Iterable[str], source: str, unusable: str = "") -> tuple[str, ...]:
+    """Label names in order: by number if all are numbers; `unusable` is a reason for none.
 
     Raises:
         HeliostatError: fewer than two, or so many that they cannot be classes.
@@ -245,9 +277,12 @@ def sort_labels(labels: Iterable[str], source: str) -> tuple[str, ...]:
             f"{source} has more than {MAX_LABELS:,} different labels, such as {names[0]!r} and "
             f"{names[1]!r}: classes are needed, set data.label to a column that has them"
         )
+    if unusable and not names:
+        raise HeliostatError(unusable)
     if len(names) < 2:
         found = f"only the class {names[0]!r}" if names else "no labels"
-        raise HeliostatError(f"{source} has {found}: at least two classes are needed")
+        reason = f" ({unusable})" if unusable else ""
+        raise HeliostatError(f"{source} has {found}{reason}: at least two classes are needed")
     return tuple(names)
 
 

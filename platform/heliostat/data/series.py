@@ -26,9 +26,11 @@ from heliostat.data.raw import (
     Source,
     Survey,
     Unit,
+    Unusable,
     open_raw,
     raw_rows,
     sort_labels,
+    tell_unusable,
 )
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
@@ -45,11 +47,13 @@ def _split_files(source: Source) -> list[Unit]:
 def _survey_file(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many cases there are, how long they are, and their labels."""
     rows, steps, longest, channels, labels = 0, 0, 0, 0, set[str]()
+    unusable = Unusable()
     with _open_cases(store, unit["key"]) as (cases, _):
         for case in cases:
             texts, label = _split_case(case)
             channels = channels or len(texts)
             values, problem = _parse_case(texts, channels)
+            unusable.add(f"{unit['key']}#{rows}", problem)
             rows += 1
             if not problem:
                 steps += len(values)
@@ -63,6 +67,8 @@ def _survey_file(store: Store, unit: Unit, data: DataSpec) -> Found:
         "longest": longest,
         "channels": channels,
         "labels": sorted(labels),
+        "unusable": unusable.count,
+        "example": unusable.example,
     }
 
 
@@ -72,15 +78,16 @@ def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
         listed = ", ".join(f"{key} has {count}" for count, key in sorted(by_channels.items()))
         raise HeliostatError(f"the files under {source.store.uri} differ in channels: {listed}")
     length = max(part["longest"] for part in found)
+    unusable = tell_unusable(found, source.store.uri)
     if not length:
-        raise HeliostatError(f"no case under {source.store.uri} can be used")
+        raise HeliostatError(unusable or f"no case under {source.store.uri}")
     (channels,) = by_channels
     rows, steps = (sum(part[name] for part in found) for name in ("rows", "steps"))
     labels = {label for part in found for label in part["labels"]}
     is_regression = data.task == "regression"
     return Survey(
         SeriesLayout(length, channels, (TARGET,) if is_regression else ()),
-        () if is_regression else sort_labels(labels, source.store.uri),
+        () if is_regression else sort_labels(labels, source.store.uri, unusable),
         rows,
         4 * channels * steps / rows,
         (f"series of up to {length:,} steps - the longest of {rows:,}", f"channels {channels}"),

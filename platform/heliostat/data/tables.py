@@ -1,14 +1,15 @@
 """Tables as raw data: CSV and Parquet, whose columns are numbers, categories, ids or labels."""
 
-import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,27 +29,30 @@ from heliostat.data.raw import (
     Survey,
     TableLayout,
     Unit,
+    Unusable,
+    choose_kind,
     open_raw,
     raw_rows,
     sort_labels,
+    tell_unusable,
 )
+from heliostat.data.records import Record, read_records
 from heliostat.data.shards import pack_rows
+from heliostat.data.tally import Tally, add_up
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 from heliostat.storage import Store
 
-if TYPE_CHECKING:
-    import _csv
-
 BATCH_ROWS = 4096
-NUMERIC_SHARE = 0.95
 DELIMITERS = (",", ";", "\t", "|", "::")
-UNIT_SEPARATOR = "\x1f"
-MAX_FIELD_CHARACTERS = 16 * 1024 * 1024
 MAX_LISTED = 20
-NUMERIC_TYPES = ("is_integer", "is_floating", "is_decimal", "is_timestamp", "is_date")
+MAX_SHOWN = 40
+NUMBER_TYPES = ("is_integer", "is_floating", "is_decimal")
+NUMERIC_TYPES = (*NUMBER_TYPES, "is_timestamp", "is_date")
 TEXT_TYPES = ("is_string", "is_large_string", "is_string_view")
 CATEGORY_OR_NUMERIC = ("numeric", "category")
+NULL = "null"
+PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 CATEGORY_TYPES = (*TEXT_TYPES, "is_boolean", "is_null")
 
 
@@ -65,21 +69,46 @@ def _split_tables(source: Source) -> list[Unit]:
     return [{"key": entry.key} for entry in source.entries]
 
 
-def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: DataSpec) -> Survey:
+def _settle(
+    source: Source,
+    found: list[Found],
+    kinds: dict[str, str],
+    data: DataSpec,
+    tallies: dict[str, Tally] | None = None,
+) -> Survey:
     """What follows from the surveys of all files and the kind of each column by its content."""
     _check_same_columns(source.store.uri, found)
     label = label_of(data)
     kept = _keep_columns(kinds, data)
     rows = sum(part["rows"] for part in found)
+    if not rows:
+        raise HeliostatError(
+            f"the tables under {source.store.uri} have names of columns but no row below them"
+        )
     labels = {label for part in found for label in part["labels"]}
     place = f"the column {label} of {source.store.uri}"
+    layout = TableLayout(label, kept, data.header)
+    read_otherwise = list(_describe_texts(layout, tallies or {}, data))
+    why_not = "; ".join(filter(None, (tell_unusable(found, source.store.uri), *read_otherwise[:1])))
     return Survey(
-        TableLayout(label, kept, data.header),
-        sort_labels(labels, place) if isinstance(label, str) else (),
+        layout,
+        sort_labels(labels, place, why_not) if isinstance(label, str) else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
-        tuple(_describe_columns(kinds, kept)),
+        (*_describe_columns(kinds, kept, data), *read_otherwise),
     )
+
+
+def _describe_texts(
+    layout: TableLayout, tallies: dict[str, Tally], data: DataSpec
+) -> Iterator[str]:
+    """What may be meant otherwise than it is read, first of all in the label."""
+    for name in (layout.label, *layout.texts) if isinstance(layout.label, str) else layout.texts:
+        tally = tallies.get(name, Tally())
+        if tally.words:
+            yield tally.tell_words(name)
+        if tally.has_commas and name in layout.texts and name not in data.columns:
+            yield tally.tell_commas(name)
 
 
 def label_of(data: DataSpec) -> str | tuple[str, ...]:
@@ -114,8 +143,18 @@ def _check_label(names: list[str], data: DataSpec, place: str) -> list[str]:
     given = ", ".join(wanted) if data.label else None
     raise HeliostatError(
         f"data.label is {given!r}: set it to the column of {place} that is to be predicted, "
-        f"one of {_list_names(list(filter(None, names)))}, or data.source to one file of several"
+        f"one of {_list_names(list(filter(None, names)))}{_find_folder(wanted, place)}, or "
+        "data.source to one file of several"
     )
+
+
+def _find_folder(wanted: list[str], place: str) -> str:
+    """A hint where a folder has the name of a column, as in partitioned data sets."""
+    for folder in place.split("/"):
+        name, is_partition, _ = folder.partition("=")
+        if is_partition and name in wanted:
+            return f"; {folder} is only the name of a folder: write {name} into the files"
+    return ""
 
 
 def _list_names(names: list[str]) -> str:
@@ -123,24 +162,40 @@ def _list_names(names: list[str]) -> str:
 
 
 def _check_same_columns(uri: str, found: list[Found]) -> None:
+    """Raises HeliostatError unless all have the same columns, each of one family or null."""
     first = found[0]
-    for part in found[1:]:
-        if part["types"] != first["types"]:
-            ours, theirs = first["types"].items(), part["types"].items()
-            raise HeliostatError(
-                f"the tables under {uri} differ: {first['key']} has {_list_types(ours - theirs)} "
-                f"where {part['key']} has {_list_types(theirs - ours)}"
-            )
+    typed: dict[str, Found] = {}  # the first part in which a column is not null
+    for part in found:
+        if part is not first and part["types"] == first["types"]:
+            continue
+        if different := part["types"].keys() ^ first["types"].keys():
+            raise _differ(uri, first, part, different)
+        for name, (family, _) in part["types"].items():
+            other = typed.setdefault(name, part) if family != NULL else part
+            if family != other["types"][name][0]:
+                raise _differ(uri, other, part, {name})
 
 
-def _list_types(types: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in sorted(types)) or "nothing"
+def _differ(uri: str, one: Found, other: Found, names: set[str]) -> HeliostatError:
+    return HeliostatError(
+        f"the tables under {uri} differ: {one['key']} has {_list_types(one, names)} "
+        f"where {other['key']} has {_list_types(other, names)}"
+    )
+
+
+def _list_types(part: Found, names: set[str]) -> str:
+    types = sorted((name, kind) for name, (_, kind) in part["types"].items() if name in names)
+    return ", ".join(f"{name} ({kind})" for name, kind in types) or "nothing"
 
 
 def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
     label = label_of(data)
     labels = (label,) if isinstance(label, str) else label
-    features = {name: kind for name, kind in kinds.items() if name not in ("", *labels)}
+    features = {
+        name: kind
+        for name, kind in kinds.items()
+        if name not in ("", *labels) and not _is_index(name, data)
+    }
     if unknown := data.columns.keys() - features.keys():
         raise HeliostatError(
             f"data.columns names {', '.join(sorted(unknown))}, but the columns beside the label "
@@ -152,7 +207,7 @@ def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
         if features[name] not in CATEGORY_OR_NUMERIC:
             raise HeliostatError(
                 f"the column {name} has the type {features[name]}, which is neither a number nor "
-                f"a text: set data.columns.{name}=ignore"
+                f"a text: set {choose_kind(name, 'ignore')}"
             )
     if not kept:
         raise HeliostatError(
@@ -167,13 +222,21 @@ def _order_ids(kept: dict[str, str], data: DataSpec) -> dict[str, str]:
     return dict((next(ids), kind) if kind == "id" else (name, kind) for name, kind in kept.items())
 
 
-def _describe_columns(kinds: dict[str, str], kept: dict[str, str]) -> Iterator[str]:
+def _is_index(name: str, data: DataSpec) -> bool:
+    """Whether pandas wrote the numbers of its rows there, and nobody asked for them."""
+    return PANDAS_INDEX.fullmatch(name) is not None and name not in data.columns
+
+
+def _describe_columns(kinds: dict[str, str], kept: dict[str, str], data: DataSpec) -> Iterator[str]:
     for kind in (*CATEGORY_OR_NUMERIC, "id"):
         names = [name for name in kept if kept[name] == kind]
         if names:
             yield f"{kind} columns: {_list_names(names)}; set data.columns to change it"
     if "" in kinds:
         yield "a column without a name is ignored"
+    for name in kinds:
+        if _is_index(name, data):
+            yield f"the column {name} is ignored, as it is the index of pandas"
 
 
 # --- Cleaning ------------------------------------------------------------------------------------
@@ -185,7 +248,9 @@ def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
     labels = _clean_labels(batch, layout, problems)
     numbers = np.empty((len(batch.rows), len(layout.numeric)), "<f8")
     for place, name in enumerate(layout.numeric):
-        numbers[:, place] = _clean_numbers(batch.columns[name], f"column {name}", problems)
+        advice = f", mend it or set {choose_kind(name, 'category')}" if layout.label else ""
+        column = batch.columns[name]
+        numbers[:, place] = _clean_numbers(column, f"column {name}", problems, advice)
     payload = {NUMBERS: pack_rows(numbers)} if layout.numeric else {}
     for name in layout.texts:
         to_texts = to_names if layout.kinds[name] == "id" else _to_texts
@@ -202,8 +267,11 @@ def _clean_labels(batch: Batch, layout: TableLayout, problems: list[str | None])
         _mark(problems, _where_null(labels), "the label is missing")
         return labels
     numbers = np.empty((len(batch.rows), len(layout.label)))
+    advice = ", mend it or set data.task=classification if these are classes"
+    advice = advice if len(layout.label) == 1 else ""
     for place, name in enumerate(layout.label):
-        numbers[:, place] = _clean_numbers(batch.columns[name], f"label {name}", problems)
+        column = batch.columns[name]
+        numbers[:, place] = _clean_numbers(column, f"label {name}", problems, advice)
         _mark(problems, np.isnan(numbers[:, place]), f"label {name} is missing")
     flat = pa.array(numbers.ravel())
     return (
@@ -219,9 +287,15 @@ def _check_present(layout: TableLayout, names: list[str], place: str) -> None:
             raise HeliostatError(f"{place} has no column {name}, it has {_list_names(names)}")
 
 
-def _clean_numbers(column: pa.Array, place: str, problems: list[str | None]) -> NDArray[np.float64]:
+def _clean_numbers(
+    column: pa.Array, place: str, problems: list[str | None], advice: str = ""
+) -> NDArray[np.float64]:
+    """Numbers, NaN where missing; what else is there is shown in a problem, with the `advice`."""
     values, wrong = _to_numbers(column)
-    _mark(problems, _to_mask(wrong), f"{place} is not a number of at most {MAX_NUMBER:g}")
+    for index in np.flatnonzero(_to_mask(wrong)):
+        shown = repr(str(column[index].as_py())[:MAX_SHOWN])
+        problem = f"{place} is not a number of at most {MAX_NUMBER:g}: {shown}{advice}"
+        problems[index] = problems[index] or problem
     return cast(NDArray[np.float64], values.to_numpy(zero_copy_only=False))
 
 
@@ -243,6 +317,9 @@ def _to_texts(column: pa.Array) -> pa.Array:
     if pa.types.is_floating(column.type):
         texts = [_number_text(value) for value in column.to_pylist()]
         return pa.array(texts, pa.string())
+    if pa.types.is_decimal(column.type):
+        texts = [_decimal_text(value) for value in column.to_pylist()]
+        return pa.array(texts, pa.string())
     if not _is_one_of(column.type, TEXT_TYPES):
         return column.cast(pa.string())
     cleaned = [value if value is None else clean_text(value) for value in column.to_pylist()]
@@ -253,6 +330,14 @@ def _number_text(value: float | None) -> str | None:
     if value is None or math.isnan(value):
         return None
     return write_number(value)
+
+
+def _decimal_text(value: Decimal | None) -> str | None:
+    """As that of the same number in another type."""
+    if value is None:
+        return None
+    whole, point, part = f"{value:f}".partition(".")
+    return whole + (point + part).rstrip("0").rstrip(".")
 
 
 def to_names(column: pa.Array) -> pa.Array:
@@ -296,40 +381,37 @@ def _distinct(labels: set[str], column: pa.Array) -> set[str]:
 
 def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many values of each column there are, and how many of them are numbers."""
-    rows, labels = 0, set[str]()
+    rows, labels, unusable = 0, set[str](), Unusable()
     with open_csv(store, unit["key"], data.header) as (header, batches):
         _check_label(header, data, f"{store.uri}/{unit['key']}")
         label = label_of(data)
-        counts = {name: np.zeros(2, np.int64) for name in header}
+        tallies = {name: Tally() for name in header}
         for batch in batches:
             rows += len(batch.rows)
+            for row, problem in zip(batch.rows, batch.problems, strict=True):
+                unusable.add(f"{unit['key']}#{row}", problem)
             for name, column in batch.columns.items():
-                counts[name] += _count_numbers(column)
+                tallies[name].add(column, *_to_numbers(column))
             if isinstance(label, str):
                 labels = _distinct(labels, batch.columns[label])
     return {
         "key": unit["key"],
-        "types": dict.fromkeys(header, "text"),
-        "counts": {name: count.tolist() for name, count in counts.items()},
+        "types": dict.fromkeys(header, ("text", "text")),
+        "tallies": {name: asdict(tally) for name, tally in tallies.items()},
         "labels": sorted(labels),
         "rows": rows,
+        "unusable": unusable.count,
+        "example": unusable.example,
     }
 
 
-def _count_numbers(column: pa.Array) -> tuple[int, int]:
-    numbers, wrong = _to_numbers(column)
-    present = len(column) - numbers.null_count
-    return present + pc.sum(wrong, min_count=0).as_py(), present
-
-
 def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
-    kinds = {}
-    for name in found[0]["types"]:
-        counts = [part["counts"].get(name, (0, 0)) for part in found]
-        present, numbers = (sum(count) for count in zip(*counts, strict=True))
-        is_numeric = present and numbers >= NUMERIC_SHARE * present
-        kinds[name] = "numeric" if is_numeric else "category"
-    return _settle(source, found, kinds, data)
+    tallies = {
+        name: add_up(part["tallies"][name] for part in found if name in part["tallies"])
+        for name in found[0]["types"]
+    }
+    kinds = {name: tally.kind for name, tally in tallies.items()}
+    return _settle(source, found, kinds, data, tallies)
 
 
 def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
@@ -344,26 +426,21 @@ def open_csv(
     store: Store, key: str, names: Sequence[str] = ()
 ) -> Iterator[tuple[list[str], Iterator[Batch]]]:
     """The names of the columns, those given or those of the first line, and the rows as text."""
-    csv.field_size_limit(MAX_FIELD_CHARACTERS)
     with open_raw(store, key) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        first = text.readline()
-        delimiter = max(DELIMITERS, key=first.count)
-        reader = _open_reader(chain([first], text), delimiter)
-        try:
-            header = list(names) or [name.strip() for name in next(reader, [])]
-            _check_header(header, f"{store.uri}/{key}")
-            yield header, _batches(header, reader, delimiter)
-        except csv.Error as error:
-            raise HeliostatError(f"{store.uri}/{key}, line {reader.line_num}: {error}") from error
+        line = text.readline()
+        delimiter = max(DELIMITERS, key=line.count)
+        records = read_records(chain([line], text), delimiter, len(names))
+        header = list(names) or _read_header(records, f"{store.uri}/{key}")
+        _check_header(header, f"{store.uri}/{key}")
+        yield header, _batches(header, records)
 
 
-def _open_reader(lines: Iterator[str], delimiter: str) -> "_csv.Reader":
-    if len(delimiter) == 1:
-        return csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    # The csv module splits at one character alone; files that have two know no quotes.
-    split = (line.replace(delimiter, UNIT_SEPARATOR) for line in lines)
-    return csv.reader(split, delimiter=UNIT_SEPARATOR, quoting=csv.QUOTE_NONE)
+def _read_header(records: Iterator[Record], place: str) -> list[str]:
+    first = next(records, Record([]))
+    if first.problem:
+        raise HeliostatError(f"the names of the columns of {place}: {first.problem}")
+    return [name.strip() for name in first.cells]
 
 
 def _check_header(header: list[str], place: str) -> None:
@@ -380,26 +457,26 @@ def _check_header(header: list[str], place: str) -> None:
         )
 
 
-def _batches(header: list[str], lines: Iterator[list[str]], delimiter: str) -> Iterator[Batch]:
-    numbered = enumerate(line for line in lines if line)
+def _batches(header: list[str], records: Iterator[Record]) -> Iterator[Batch]:
+    numbered = enumerate(record for record in records if record.cells or record.problem)
     while batch := list(islice(numbered, BATCH_ROWS)):
-        problems = [_find_problem(line, len(header), delimiter) for _, line in batch]
+        problems = [_find_problem(record, len(header)) for _, record in batch]
         blank = [""] * len(header)
         cells = [
-            blank if problem else line for (_, line), problem in zip(batch, problems, strict=True)
+            blank if problem else record.cells
+            for (_, record), problem in zip(batch, problems, strict=True)
         ]
         columns = map(pa.array, zip(*cells, strict=True))
         rows = [row for row, _ in batch]
         yield Batch(rows, problems, dict(zip(header, columns, strict=True)))
 
 
-def _find_problem(line: list[str], fields: int, delimiter: str) -> str | None:
-    if len(line) != fields:
-        return f"{len(line)} fields instead of {fields}"
-    # A quote within a text, as files with tabs often have it, takes all rows up to the next one.
-    if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in line):
-        return "a quote that takes in other lines: double it, or take quotes out"
-    return "not UTF-8 text" if SURROGATES.search("".join(line)) else None
+def _find_problem(record: Record, fields: int) -> str | None:
+    if record.problem:
+        return record.problem
+    if len(record.cells) != fields:
+        return f"{len(record.cells)} fields instead of {fields}"
+    return "not UTF-8 text" if SURROGATES.search("".join(record.cells)) else None
 
 
 # --- Parquet -------------------------------------------------------------------------------------
@@ -420,10 +497,16 @@ def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
                 labels = _distinct(labels, plain(batch.column(label)))
     return {
         "key": unit["key"],
-        "types": {name: str(kind) for name, kind in types.items()},
+        "types": {
+            name: (_family_of(kind), str(kind))
+            for name, kind in types.items()
+            if not _is_index(name, data)
+        },
         "kinds": {name: _kind_of(kind) for name, kind in types.items()},
         "labels": sorted(labels),
         "rows": file.metadata.num_rows,
+        "unusable": 0,
+        "example": "",
     }
 
 
@@ -434,7 +517,14 @@ def _check_names(names: list[str], place: str) -> None:
 
 
 def _settle_parquet(source: Source, found: list[Found], data: DataSpec) -> Survey:
-    return _settle(source, found, found[0]["kinds"], data)
+    kinds: dict[str, str] = {}
+    for part in found:
+        kinds |= {
+            name: kind
+            for name, kind in part["kinds"].items()
+            if name not in kinds or part["types"].get(name, (NULL,))[0] != NULL
+        }
+    return _settle(source, found, kinds, data)
 
 
 def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
@@ -472,6 +562,13 @@ def plain(column: pa.Array) -> pa.Array:
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         values.validate(full=True)
     return values
+
+
+def _family_of(kind: pa.DataType) -> str:
+    """The same for types whose values mean the same in a table."""
+    if _is_one_of(kind, NUMBER_TYPES):
+        return "number"
+    return "text" if _is_one_of(kind, TEXT_TYPES) else str(kind)
 
 
 def _kind_of(kind: pa.DataType) -> str:

@@ -26,11 +26,13 @@ from heliostat.data.raw import (
     Survey,
     TextLayout,
     Unit,
+    Unusable,
     folder_of,
     group_files,
     open_raw,
     raw_rows,
     sort_labels,
+    tell_unusable,
 )
 from heliostat.data.shards import ORDER_BITS, WEIGHT, order_of, split_at
 from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, plain, to_names
@@ -93,6 +95,7 @@ def _survey(store: Store, unit: Unit, data: DataSpec) -> Found:
     """
     layout = replace(_layout_of(data, packed=_label(data) is None), cut_bytes=unit["cut_bytes"])
     labels, rows, total, training = set[str](), 0, 0, 0
+    unusable = Unusable()
     for key, size in unit["files"]:
         is_read = not _is_whole(key) or _is_cut(layout, size)
         if is_read:
@@ -102,13 +105,22 @@ def _survey(store: Store, unit: Unit, data: DataSpec) -> Found:
         if _is_whole(key) and (folder := folder_of(key)) and len(labels) <= MAX_LABELS:
             labels.add(folder)
         for document in documents:
+            if document.problem != _no_label(layout):  # of which sort_labels tells
+                unusable.add(document.id, document.problem)
             length = len((document.text or "").encode()) if is_read else size
             place = order_of(document.id, key, data.seed, data.split)
             rows, total = rows + 1, total + length
             training += length if split_at(place) == "train" else 0
             if document.label is not None and len(labels) <= MAX_LABELS:
                 labels.add(document.label)
-    return {"labels": sorted(labels), "rows": rows, "bytes": total, "training": training}
+    return {
+        "labels": sorted(labels),
+        "rows": rows,
+        "bytes": total,
+        "training": training,
+        "unusable": unusable.count,
+        "example": unusable.example,
+    }
 
 
 def _settle(source: Source, found: list[Found], data: DataSpec) -> Survey:
@@ -117,9 +129,10 @@ def _settle(source: Source, found: list[Found], data: DataSpec) -> Survey:
     sums = {name: sum(part[name] for part in found) for name in ("rows", "bytes", "training")}
     sample = min(1.0, SAMPLE_BYTES / max(sums["training"], 1))
     place = f"the field {_label(data)}" if _label(data) else "a folder a class"
+    uri = source.store.uri
     return Survey(
         replace(_layout_of(data, packed), sample=sample, cut_bytes=_cut_bytes(source)),
-        () if packed else sort_labels(labels, f"{source.store.uri} ({place})"),
+        () if packed else sort_labels(labels, f"{uri} ({place})", tell_unusable(found, uri)),
         sums["rows"],
         sums["bytes"] / max(sums["rows"], 1),
         (why_task,),
@@ -264,8 +277,12 @@ def _check(document: Document, layout: TextLayout) -> Document:
     if problem is None and text is not None and len(text.encode()) > MAX_DOCUMENT_BYTES:
         problem = TOO_LONG
     if problem is None and not layout.packed and document.label is None:
-        problem = f"no {layout.label}" if layout.label else "not in a class folder"
+        problem = _no_label(layout)
     return replace(document, text=None if problem else text, problem=problem)
+
+
+def _no_label(layout: TextLayout) -> str:
+    return f"no {layout.label}" if layout.label else "not in a class folder"
 
 
 def _read_file(store: Store, layout: TextLayout, key: str, size: int) -> Iterator[Document]:
