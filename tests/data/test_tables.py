@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from datasets import unpack
+from heliostat.data.features import CategoryColumn, IdColumn, TableFeatures
+from heliostat.data.instances import parse_instances
 from heliostat.data.pipeline import FORMS
 from heliostat.data.raw import TableLayout, choose_kind, find_source
 from heliostat.errors import HeliostatError
@@ -363,12 +365,45 @@ def test_parquet_columns_by_their_types(read: Read) -> None:
     assert [row["x.b"] for row in first] == ["true", None]
     assert [row["x.t"] for row in first] == [86400, None]
     assert [row["x.day"] for row in first] == [86400, None]
-    assert [row["x.s"] for row in first] == ["Ulm", None]
+    assert [row["x.s"] for row in first] == ["Ulm", "?"]
     assert [row["x.c"] for row in first] == ["x", "y"]
     assert bad_rows(rows) == dict.fromkeys(
         ["a.parquet#2", "b.pq#2"],
         "column f is not a number of at most 1e+100: 'inf', mend it or set data.columns.f=category",
     )
+
+
+def test_a_word_in_parquet_is_a_value_and_in_csv_it_is_missing(read: Read) -> None:
+    words = ["NA", "None", " ? ", "", None, "DE"] * 2
+    numbers = ["1", "NA", "2", None, "", "3"] * 2
+    table: dict[str, list[Any]] = {"c": words, "i": words, "n": numbers, "y": ["None", "Some"] * 6}
+    kinds = {"c": "category", "i": "id", "n": "numeric"}
+    survey, rows = read({"t.parquet": parquet(table)}, label="y", columns=kinds)
+    assert survey.labels == ("None", "Some")
+    values = ["NA", "None", "?", None, None, "DE"] * 2
+    assert rows["x.c"].to_pylist() == rows["x.i"].to_pylist() == values
+    assert unpack(rows, "n")["x.n"].to_pylist() == [1, None, 2, None, None, 3] * 2
+    assert not bad_rows(rows)
+
+    lines = zip(*(map(str, column) for column in table.values()), strict=True)
+    text = "\n".join([",".join(table), *map(",".join, lines)])
+    _, rows = read({"t.csv": text.replace("Some", "p", 2).encode()}, label="y", columns=kinds)
+    assert rows["x.c"].to_pylist() == rows["x.i"].to_pylist() == [*[None] * 5, "DE"] * 2
+    assert len(bad_rows(rows)) == 6
+
+
+@pytest.mark.parametrize("word", ["NA", "DE", " NA "])
+def test_a_word_that_training_took_for_a_value_is_one_in_a_request_and_a_file(
+    source: Callable[[dict[str, bytes]], Any], word: str
+) -> None:
+    columns = (CategoryColumn("c", ("DE", "NA")), IdColumn("i", ("DE", "NA")))
+    features = TableFeatures(columns)
+    asked = parse_instances(features, [{"c": word, "i": word}])
+    assert asked["x.c"][0] == asked["x.i"][0] == word.strip()
+    found = find_source(DataSpec(source=str(source({"t.csv": f"c,i\n{word},{word}\n".encode()}))))
+    layout = TableLayout((), {"c": "category", "i": "id"})
+    [rows] = FORMS["csv"].read(found.store, {"key": "t.csv"}, layout)
+    assert rows["x.c"].to_pylist() == rows["x.i"].to_pylist() == [word.strip()]
 
 
 def test_parquet_files_agree_on_what_a_column_is_not_on_how_wide_it_is(read: Read) -> None:

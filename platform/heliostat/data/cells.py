@@ -8,6 +8,11 @@ WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0*")
 MISSING_TEXTS = frozenset({"", "NA", "N/A", "nan", "NaN", "null", "NULL", "None", "?"})
 
 
+def strip_text(value: str) -> str | None:
+    """`value` without surrounding blanks, or None if nothing is left."""
+    return value.strip() or None
+
+
 def clean_text(value: str) -> str | None:
     """`value` without surrounding blanks, or None if it is one of the words for "missing"."""
     stripped = value.strip()

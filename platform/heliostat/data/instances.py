@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.data.cells import MAX_NUMBER, clean_text, is_number, shorten_number, write_number
+from heliostat.data.cells import MAX_NUMBER, is_number, shorten_number, strip_text, write_number
 from heliostat.data.encoding import stack_series
 from heliostat.data.features import (
     COLUMN_PREFIX,
@@ -276,7 +276,7 @@ def _parse_text(column: CategoryColumn | IdColumn, value: object, path: str) -> 
     if not isinstance(value, str):
         example = f', as "{column.values[0]}"' if column.values else ""
         raise FieldError(path, f"must be a string{example}")
-    return clean_text(value)
+    return strip_text(value)
 
 
 def _parse_id(column: CategoryColumn | IdColumn, value: object, path: str) -> str | None:
@@ -284,7 +284,7 @@ def _parse_id(column: CategoryColumn | IdColumn, value: object, path: str) -> st
     if value is None:
         return None
     if isinstance(value, str):
-        text = clean_text(value)
+        text = strip_text(value)
         return text and shorten_number(text)
     if not is_number(value):
         raise FieldError(path, "must be a string or a number")

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from functools import partial
 from itertools import chain, islice
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from heliostat.data.cells import MAX_NUMBER, clean_text, parse_number, shorten_number, write_number
+from heliostat.data.cells import MAX_NUMBER, parse_number, shorten_number, strip_text, write_number
 from heliostat.data.features import COLUMN_PREFIX, NUMBERS
 from heliostat.data.ranged import RangedFile
 from heliostat.data.raw import (
@@ -38,7 +38,7 @@ from heliostat.data.raw import (
 )
 from heliostat.data.records import Record, read_records
 from heliostat.data.shards import pack_rows
-from heliostat.data.tally import Tally, add_up
+from heliostat.data.tally import Tally, add_up, drop_words
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
 from heliostat.storage import Store
@@ -322,8 +322,8 @@ def _to_texts(column: pa.Array) -> pa.Array:
         return pa.array(texts, pa.string())
     if not _is_one_of(column.type, TEXT_TYPES):
         return column.cast(pa.string())
-    cleaned = [value if value is None else clean_text(value) for value in column.to_pylist()]
-    return pa.array(cleaned, pa.string())
+    stripped = [value if value is None else strip_text(value) for value in column.to_pylist()]
+    return pa.array(stripped, pa.string())
 
 
 def _number_text(value: float | None) -> str | None:
@@ -349,7 +349,7 @@ def to_names(column: pa.Array) -> pa.Array:
 def _to_numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Numbers, null where missing, and where there is something that is no finite number."""
     if _is_one_of(column.type, TEXT_TYPES):
-        texts = _to_texts(column)
+        texts = drop_words(_to_texts(column))
         parsed = [text if text is None else parse_number(text) for text in texts.to_pylist()]
         numbers = pa.array(parsed, pa.float64())
         return numbers, pc.and_(texts.is_valid(), numbers.is_null())
@@ -393,7 +393,7 @@ def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
             for name, column in batch.columns.items():
                 tallies[name].add(column, *_to_numbers(column))
             if isinstance(label, str):
-                labels = _distinct(labels, batch.columns[label])
+                labels = _distinct(labels, drop_words(batch.columns[label]))
     return {
         "key": unit["key"],
         "types": dict.fromkeys(header, ("text", "text")),
@@ -418,7 +418,10 @@ def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Tabl
     with open_csv(store, unit["key"], layout.header) as (header, batches):
         _check_present(layout, header, f"{store.uri}/{unit['key']}")
         for batch in batches:
-            yield _clean(batch, unit["key"], layout)
+            columns = batch.columns
+            if layout.label:  # a model that was trained knows which words are values
+                columns = {name: drop_words(column) for name, column in columns.items()}
+            yield _clean(replace(batch, columns=columns), unit["key"], layout)
 
 
 @contextmanager

@@ -16,6 +16,12 @@ WORDS = pa.array(sorted(MISSING_TEXTS - {""}))
 MAX_WORDS = 3
 
 
+def drop_words(texts: pa.Array) -> pa.Array:
+    """Null for the words for "missing", which CSV needs; Parquet has nulls of its own."""
+    is_word = pc.is_in(pc.utf8_trim_whitespace(texts), value_set=WORDS)
+    return pc.if_else(is_word, pa.scalar(None, texts.type), texts)
+
+
 @dataclass
 class Tally:
     """The `present` values and the `numbers` among them; numbers but for a comma, of which `comma`
@@ -64,7 +70,10 @@ class Tally:
         most = Counter(self.words).most_common(MAX_WORDS)
         told = ", ".join(f"{word!r} ({count:,} times)" for word, count in most)
         told += ", ..." * (len(self.words) > MAX_WORDS)
-        return f"in the column {name} {told} is read as missing: write a value in another way"
+        return (
+            f"in the column {name} {told} is read as missing: if that is a value, write it in "
+            "another way"
+        )
 
 
 def add_up(found: Iterable[dict[str, Any]]) -> Tally:

@@ -36,6 +36,7 @@ from heliostat.data.raw import (
 )
 from heliostat.data.shards import ORDER_BITS, WEIGHT, order_of, split_at
 from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, plain, to_names
+from heliostat.data.tally import drop_words
 from heliostat.data.tokens import (
     Vocabulary,
     describe_tokenizer,
@@ -422,7 +423,14 @@ def _open_table(store: Store, key: str, names: list[str]) -> Iterator[Columns]:
         return
     with open_csv(store, key) as (header, batches):
         _check_names(names, header, f"{store.uri}/{key}")
-        yield ((batch.problems, batch.columns) for batch in batches)
+        yield (
+            (batch.problems, {**batch.columns, **_drop_words(batch.columns, names[1:])})
+            for batch in batches
+        )
+
+
+def _drop_words(columns: dict[str, pa.Array], labels: list[str]) -> dict[str, pa.Array]:
+    return {name: drop_words(columns[name]) for name in labels}
 
 
 def _check_names(names: list[str], columns: list[str], place: str) -> None:

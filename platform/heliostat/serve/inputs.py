@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from heliostat.data.cells import MAX_NUMBER, clean_text, shorten_number, write_number
+from heliostat.data.cells import MAX_NUMBER, shorten_number, strip_text, write_number
 from heliostat.data.encoding import stack_series
 from heliostat.data.features import (
     COLUMN_PREFIX,
@@ -264,7 +264,7 @@ def _read_texts(column: CategoryColumn | IdColumn, tensor: Tensor) -> NDArray[An
             raise tensor.refuse("datatype", f"is {tensor.datatype}, it must be {BYTES}")
         _check_values(tensor, np.isfinite(tensor.values), "a number")
         return np.array([write_number(value) for value in tensor.values.tolist()], object)
-    cleaned = [text if text is None else clean_text(text) for text in tensor.values.tolist()]
+    cleaned = [text if text is None else strip_text(text) for text in tensor.values.tolist()]
     if isinstance(column, IdColumn):
         cleaned = [text and shorten_number(text) for text in cleaned]
     return np.array(cleaned, object)
