@@ -1,4 +1,4 @@
-"""Images as raw data: PNG and JPEG files in class folders, and IDX files as MNIST has them."""
+"""Images as raw data: files in class folders, and IDX files as MNIST has them."""
 
 import math
 import re
@@ -12,7 +12,14 @@ import pyarrow as pa
 from PIL import Image
 
 from heliostat.data.features import IMAGE
-from heliostat.data.pixels import BROKEN_IMAGE, decode_image, fit_image, open_image
+from heliostat.data.pixels import (
+    BROKEN_IMAGE,
+    STORED,
+    decode_image,
+    fit_image,
+    list_formats,
+    open_image,
+)
 from heliostat.data.raw import (
     Form,
     Found,
@@ -64,7 +71,7 @@ def _read_header(store: Store, key: str, size: int) -> tuple[int, int, bool] | N
     """Height, width and whether it is grey; None if the file is not a readable image."""
     for length in (min(size, HEADER_BYTES), size):
         try:
-            with open_image(store.read_range(key, 0, length)) as image:
+            with open_image(store.read_range(key, 0, length), formats=STORED) as image:
                 upright = image.getexif().get(ORIENTATION, 1) < 5
                 height, width = image.size[::-1] if upright else image.size
                 return height, width, image.mode in GREY_MODES
@@ -95,7 +102,7 @@ def _choose_size(sizes: Counter[tuple[int, int]], data: DataSpec) -> tuple[tuple
         height, width = data.image_size
         return data.image_size, f"image size {height}x{width} - as data.image_size says"
     if not sizes:
-        raise HeliostatError(f"no image under {data.source} can be read as PNG or JPEG")
+        raise HeliostatError(f"no image under {data.source} can be read as {list_formats(STORED)}")
     height, width = next(iter(sizes))
     if len(sizes) == 1 and height * width <= MAX_UNIFORM_PIXELS:
         return (height, width), f"image size {height}x{width} - all images have it"
@@ -137,8 +144,9 @@ def _read_files(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Ta
 def _read_file(store: Store, key: str, layout: ImageLayout) -> tuple[bytes | None, str | None]:
     if layout.labelled and folder_of(key) is None:
         return None, "not in a class folder"
+    size = layout.height, layout.width, layout.channels
     try:
-        image = decode_image(store.read(key), layout.height, layout.width, layout.channels)
+        image = decode_image(store.read(key), *size, formats=STORED)
     except ValueError as error:
         return None, str(error)
     return image.tobytes(), None

@@ -35,7 +35,7 @@ def prepare(spec: RunSpec) -> Manifest:
     source = find_source(spec.data)
     _check_apart(source, store)
     _check_task(source.form, spec.data)
-    print(f"{source.uri}: {source.form} - {source.reason}", flush=True)
+    print(printable(f"{source.uri}: {source.form} - {source.reason}"), flush=True)
     fingerprint = _fingerprint(source, spec.data)
     if manifest := _find_prepared(store, spec.name, fingerprint):
         print(f"already prepared: {manifest.name}@{manifest.version}", flush=True)
