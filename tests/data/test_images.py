@@ -129,6 +129,23 @@ def test_a_chosen_size_and_colour_are_kept(read: Read, png: Callable[..., bytes]
     assert read(files, image_size=(4, 6), channels=1)[0].layout == ImageLayout(4, 6, 1)
 
 
+@pytest.mark.parametrize("section", [{}, {"image_size": (8, 8), "channels": 1}])
+@pytest.mark.parametrize(("highest", "becomes"), [(4095, 15), (65535, 255), (150, 0)])
+def test_what_is_kept_of_16_bits_is_told(
+    read: Read, png: Callable[..., bytes], section: Any, highest: int, becomes: int
+) -> None:
+    file = io.BytesIO()
+    pixels = np.linspace(0, highest, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(pixels).save(file, "PNG")
+    survey, rows = read({"a/1.png": file.getvalue(), "b/1.png": png()}, **section)
+    assert max(rows["image"][0].as_py()) == becomes
+    (note,) = (note for note in survey.notes if "16 bits" in note)
+    assert note.startswith("1 of 2 images looked at has 16 bits a pixel")
+    assert f"{highest:,}, the largest value there, is {becomes} of 255" in note
+    plain, _ = read({"a/1.png": png(), "b/1.png": png()}, **section)
+    assert not any("16 bits" in note for note in plain.notes)
+
+
 def test_what_cannot_be_read_is_a_row_with_a_problem(read: Read, png: Callable[..., bytes]) -> None:
     files = {
         "a/good.png": png(),

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,6 +41,7 @@ from heliostat.storage import Entry, Store
 HEADER_BYTES = 64 * 1024
 BATCH_BYTES = 16 * 1024 * 1024
 PARALLEL_READS = 8
+FEW_FILES = 16
 ORIENTATION = 0x0112
 GREY_MODES = ("1", "L", "LA", "I", "I;16")
 MAX_SIDE, MIN_SIDE, SIDE_STEP = 64, 16, 8
@@ -47,6 +49,13 @@ MAX_UNIFORM_PIXELS = 256 * 256
 IDX_UBYTE = 8
 MAX_IDX_SIDE = 16_384
 IDX_KIND = re.compile(r"(images|labels)[^/]*$")
+
+
+@dataclass(frozen=True)
+class Header:
+    height: int
+    width: int
+    mode: str
 
 
 def _rows_per_batch(layout: ImageLayout) -> int:
@@ -57,27 +66,47 @@ def _rows_per_batch(layout: ImageLayout) -> int:
 
 
 def _survey_files(store: Store, unit: Unit, data: DataSpec) -> Found:
-    """Sizes and colours, from the headers alone."""
-    if data.image_size and data.channels:
-        return {"sizes": [], "grey": 0}
+    """Sizes, colours and depths from the headers alone, and the largest value of a few deep ones.
+
+    Where sizes and colours are known, a few headers tell enough.
+    """
+    is_known = data.image_size and data.channels
+    files = unit["files"][:FEW_FILES] if is_known else unit["files"]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        heads = list(pool.map(lambda file: _read_header(store, *file), unit["files"]))
+        heads = list(pool.map(lambda file: _read_header(store, *file), files))
     known = [head for head in heads if head]
-    sizes = Counter((height, width) for height, width, _ in known)
-    return {"sizes": list(sizes.items()), "grey": sum(grey for _, _, grey in known)}
+    deep = [
+        key
+        for (key, _), head in zip(files, heads, strict=True)
+        if head and head.mode.startswith("I")
+    ]
+    return {
+        "sizes": list(Counter((head.height, head.width) for head in known).items()),
+        "grey": sum(head.mode in GREY_MODES for head in known),
+        "deep": len(deep),
+        "highest": max((_find_highest(store, key) for key in deep[:FEW_FILES]), default=0),
+    }
 
 
-def _read_header(store: Store, key: str, size: int) -> tuple[int, int, bool] | None:
-    """Height, width and whether it is grey; None if the file is not a readable image."""
+def _read_header(store: Store, key: str, size: int) -> Header | None:
+    """None if the file is not a readable image."""
     for length in (min(size, HEADER_BYTES), size):
         try:
             with open_image(store.read_range(key, 0, length), formats=STORED) as image:
                 upright = image.getexif().get(ORIENTATION, 1) < 5
                 height, width = image.size[::-1] if upright else image.size
-                return height, width, image.mode in GREY_MODES
+                return Header(height, width, image.mode)
         except BROKEN_IMAGE:
             continue
     return None
+
+
+def _find_highest(store: Store, key: str) -> int:
+    try:
+        with open_image(store.read(key), formats=STORED) as image:
+            return int(np.asarray(image).max())
+    except BROKEN_IMAGE:
+        return 0
 
 
 def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
@@ -93,8 +122,18 @@ def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
         sort_labels([label for label in labels if label], f"{source.store.uri} (a folder a class)"),
         len(source.entries),
         height * width * channels,
-        (why_size, why_channels),
+        (why_size, why_channels, *_describe_depth(found, known)),
     )
+
+
+def _describe_depth(found: list[Found], known: int) -> Iterator[str]:
+    deep, highest = sum(part["deep"] for part in found), max(part["highest"] for part in found)
+    if deep:
+        yield (
+            f"{deep:,} of {known:,} images looked at {'has' if deep == 1 else 'have'} 16 bits a "
+            f"pixel, and the upper 8 are kept: {highest:,}, the largest value there, is "
+            f"{highest >> 8} of 255; stretch them to 65,535 first if that is too dark"
+        )
 
 
 def _choose_size(sizes: Counter[tuple[int, int]], data: DataSpec) -> tuple[tuple[int, int], str]:
