@@ -101,8 +101,10 @@ def _check_apart(source: Source, store: Store) -> None:
 def _check_task(form: str, data: DataSpec) -> None:
     tasks = FORMS[form].tasks
     if data.task not in ("auto", *tasks):
+        hint = ": a table is given as CSV or Parquet, .jsonl is read as texts"
         raise HeliostatError(
             f"data.task is {data.task}, but the labels of {form} are for {' or '.join(tasks)}"
+            + hint * (form == "text")
         )
 
 
