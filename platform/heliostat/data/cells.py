@@ -1,6 +1,7 @@
 """Texts and numbers of a table's cells: what is missing, what is a number, what is the same id."""
 
 import re
+from collections.abc import Collection
 from typing import cast
 
 MAX_NUMBER = 1e100  # so that squares and their sums are numbers too
@@ -21,6 +22,12 @@ def parse_number(text: str) -> float | None:
     except ValueError:
         return None
     return number if abs(number) <= MAX_NUMBER and "_" not in text else None
+
+
+def are_quantities(labels: Collection[str]) -> bool:
+    """Whether distinct labels are numbers and some of them fractions; two may still be classes."""
+    numbers = [number for label in labels if (number := parse_number(label)) is not None]
+    return 2 < len(numbers) == len(labels) and any(number % 1 for number in numbers)
 
 
 def shorten_number(text: str) -> str:

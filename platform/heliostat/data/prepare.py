@@ -18,7 +18,7 @@ from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, digest
 from heliostat.storage import Missing, Store, connect, probe
 
-CODE_FORMAT = 4
+CODE_FORMAT = 5
 
 
 def prepare(spec: RunSpec) -> Manifest:

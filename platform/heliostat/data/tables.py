@@ -16,7 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from heliostat.data.cells import MAX_NUMBER, clean_text, parse_number, shorten_number, write_number
+from heliostat.data.cells import (
+    MAX_NUMBER,
+    are_quantities,
+    clean_text,
+    parse_number,
+    shorten_number,
+    write_number,
+)
 from heliostat.data.features import COLUMN_PREFIX, NUMBERS
 from heliostat.data.ranged import RangedFile
 from heliostat.data.raw import (
@@ -64,26 +71,38 @@ def _split_tables(source: Source) -> list[Unit]:
 def _settle(source: Source, found: list[Found], kinds: dict[str, str], data: DataSpec) -> Survey:
     """What follows from the surveys of all files and the kind of each column by its content."""
     _check_same_columns(source.store.uri, found)
-    label = label_of(data)
     kept = _keep_columns(kinds, data)
     rows = sum(part["rows"] for part in found)
     labels = {label for part in found for label in part["labels"]}
+    label, why_task = _choose_target(data, labels)
     place = f"the column {label} of {source.store.uri}"
     return Survey(
         TableLayout(label, kept),
         sort_labels(labels, place) if isinstance(label, str) else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
-        tuple(_describe_columns(kinds, kept)),
+        (*why_task, *_describe_columns(kinds, kept)),
     )
+
+
+def _choose_target(data: DataSpec, labels: set[str]) -> tuple[str | tuple[str, ...], list[str]]:
+    """What `label_of` says, or numbers where `labels` are no classes, and then why."""
+    label = label_of(data)
+    is_settled = data.task != "auto" or "id" in data.columns.values()
+    if is_settled or not isinstance(label, str) or not are_quantities(labels):
+        return label, []
+    return (label,), [
+        f"task regression - the labels in {label} are numbers, and some are fractions; set "
+        "data.task to classification to take each for a class"
+    ]
 
 
 def label_of(data: DataSpec) -> str | tuple[str, ...]:
     """The column of classes, or the columns of numbers.
 
-    Numbers in one column are classes as often as they are quantities (0 and 1, the digits, a postal
-    code), and nothing in them tells which: task auto takes one column for classes, which is what it
-    always did, and several for numbers, since classes can only be one.
+    Whole numbers in one column are classes as often as they are quantities (0 and 1, the digits, a
+    postal code), and nothing in them tells which: task auto takes one column for classes, until a
+    survey finds fractions there, and several for numbers, since classes can only be one.
 
     Raises:
         HeliostatError: several columns cannot be classes.
