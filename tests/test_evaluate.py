@@ -239,3 +239,36 @@ def test_training_counts_errors_in_the_unit_of_the_data_as_evaluation_does() -> 
     counter.add(values, targets, 0.0)
     told = counter.finish().metrics["mae"]
     assert task.count(values, targets)["mae"].item() / 12 == pytest.approx(told)
+
+
+def count_numbers(targets: NDArray[np.float32], cuts: list[int]) -> NumberScores:
+    """Scores of a model that always answers one more."""
+    counter = NumberCounter(Numbers(("y",), (0.0,), (1.0,)))
+    for part in np.split(targets, sorted(cuts)):
+        column = torch.from_numpy(part[:, None])
+        counter.add(column + 1, column, 0.0)
+    return counter.finish()
+
+
+@given(st.floats(-(2**100), 2**100, width=32), st.integers(1, 300), CUTS)
+def test_equal_numbers_have_no_r2_however_they_are_batched(
+    value: float, rows: int, cuts: list[int]
+) -> None:
+    scores = count_numbers(np.full(rows, value, np.float32), cuts)
+    assert scores.r2 == (None,)
+    assert "r2" not in scores.metrics
+
+
+@pytest.mark.parametrize("mean", [0, 3_000, -5_000_000])
+@pytest.mark.parametrize("first", [[], [1e7]], ids=["alike", "after an outlier"])
+@given(cuts=CUTS)
+def test_r2_is_that_of_a_direct_computation_far_from_zero_too(
+    mean: int, first: list[float], cuts: list[int]
+) -> None:
+    near = mean + np.random.default_rng(0).integers(0, 3, 500)
+    targets = np.array([*first, *near], np.float32)
+    exact = targets.astype(np.float64)
+    total = sum((exact - exact.mean()) ** 2)
+    (told,) = count_numbers(targets, cuts).r2
+    errors = (targets + np.float32(1)).astype(np.float64) - exact
+    assert told == pytest.approx(1 - sum(errors**2) / total, rel=1e-9)

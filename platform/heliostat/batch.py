@@ -47,7 +47,7 @@ from heliostat.data.raw import (
 )
 from heliostat.data.shards import to_columns
 from heliostat.data.waiting import say_if_waiting
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, printable
 from heliostat.evaluate import Predictor, load_predictor, predict
 from heliostat.signature import Classes, Numbers, Output
 from heliostat.spec import DataSpec, RunSpec, SplitSpec, digest, parse, reference
@@ -108,11 +108,8 @@ def predict_all(spec: RunSpec) -> str:
         return place
     units = list(enumerate(list_units(source)))
     done = find_done(plan)
-    print(
-        f"{version.ref} over {source.uri}: {source.form} - {source.reason}; "
-        f"{len(done):,} of {len(units):,} parts are done",
-        flush=True,
-    )
+    told = f"{version.ref} over {source.uri}: {source.form} - {source.reason}"
+    print(printable(f"{told}; {len(done):,} of {len(units):,} parts are done"), flush=True)
     missing = [unit for unit in units if unit[0] not in done]
     for piece in _run(plan, missing, spec.predict.workers):
         done[piece.number] = piece

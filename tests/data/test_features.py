@@ -23,7 +23,7 @@ from heliostat.data.features import (
     input_of,
 )
 from heliostat.data.instances import FieldError, parse_instances
-from heliostat.data.pixels import STRIP_PIXELS, decode_image, fit_image
+from heliostat.data.pixels import STORED, STRIP_PIXELS, decode_image, fit_image
 from heliostat.signature import Picture, Vector
 
 GREY = ImageFeatures(2, 3, 1, (0.25,), (0.5,))
@@ -214,7 +214,7 @@ def test_images_are_upright_and_cropped_at_their_centre() -> None:
     assert upright[0, 0, 0] == upright[0, 1, 0] != upright[1, 0, 0]
 
 
-@given(st.sampled_from(["PNG", "JPEG"]), st.data())
+@given(st.sampled_from(STORED), st.data())
 def test_a_damaged_file_gives_pixels_or_a_value_error(form: str, data: st.DataObject) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
     file = bytearray(as_file(Image.fromarray(noise), form))
@@ -222,7 +222,7 @@ def test_a_damaged_file_gives_pixels_or_a_value_error(form: str, data: st.DataOb
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(file)))
     try:
-        pixels = decode_image(bytes(file[:cut]), 8, 8, 1)
+        pixels = decode_image(bytes(file[:cut]), 8, 8, 1, formats=STORED)
     except ValueError:
         return
     assert pixels.shape == (8, 8, 1)
@@ -235,7 +235,19 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
         decode_image(bomb, 8, 8, 1)
 
 
-@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM"])
-def test_only_png_and_jpeg_are_decoded(form: str) -> None:
+@pytest.mark.parametrize("form", ["WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_a_request_has_png_and_jpeg_and_a_data_set_a_few_more(form: str) -> None:
+    file = as_file(Image.new("L", (4, 4), 70), form)
     with pytest.raises(ValueError, match="not a readable PNG or JPEG file"):
-        decode_image(as_file(Image.new("L", (4, 4)), form), 4, 4, 1)
+        decode_image(file, 4, 4, 1)
+    if form in STORED:
+        assert (abs(decode_image(file, 4, 4, 1, formats=STORED).astype(int) - 70) <= 2).all()
+        return
+    with pytest.raises(ValueError, match="not a readable PNG, JPEG, WEBP, GIF or BMP file"):
+        decode_image(file, 4, 4, 1, formats=STORED)
+
+
+@pytest.mark.parametrize("form", ["WEBP", "GIF", "BMP"])
+def test_of_other_formats_too_a_bomb_is_refused(form: str) -> None:
+    with pytest.raises(ValueError, match="80x90 is more than 7,000 pixels"):
+        decode_image(as_file(Image.new("L", (80, 90)), form), 8, 8, 1, 7_000, STORED)

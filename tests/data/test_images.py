@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from heliostat.data.pixels import decode_image
-from heliostat.data.raw import ImageLayout
+from heliostat.data.raw import ImageLayout, find_source
 from heliostat.errors import HeliostatError
+from heliostat.spec import DataSpec
 
 Read = Callable[..., Any]
 TRAIN, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
@@ -37,6 +38,50 @@ def test_a_folder_is_a_class_and_a_file_is_a_row(read: Read, png: Callable[..., 
     ]
     assert rows["problem"].null_count == 3
     assert rows["image"][0].as_py() == decode_image(files[rows["id"][0].as_py()], 8, 8, 1).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"),
+    [("webp", "WEBP"), ("GIF", "GIF"), ("bmp", "BMP"), ("jfif", "JPEG"), ("jpe", "JPEG")],
+)
+def test_a_class_may_have_its_images_in_another_format(
+    read: Read, png: Callable[..., bytes], suffix: str, form: str
+) -> None:
+    other = png(mode="RGB", colour=(200, 200, 200), form=form)
+    files = {"a/1.png": png(mode="RGB", colour=(9, 9, 9)), f"b/1.{suffix}": other}
+    survey, rows = read(files)
+    assert survey.labels == ("a", "b")
+    assert (survey.layout, survey.rows) == (ImageLayout(8, 8, 3), 2)
+    assert rows["problem"].null_count == 2
+    images = rows["image"].to_pylist()
+    dark, light = (np.frombuffer(image, np.uint8).astype(int) for image in images)
+    assert (dark == 9).all()
+    assert (abs(light - 200) <= 2).all()
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP"])
+def test_of_several_frames_the_first_is_the_image(read: Read, form: str) -> None:
+    file = io.BytesIO()
+    first, *others = (Image.new("RGB", (8, 8), (grey, grey, grey)) for grey in (10, 100, 200))
+    first.save(file, form, save_all=True, append_images=others)
+    _, rows = read({f"{label}/1.{form}": file.getvalue() for label in "ab"}, channels=1)
+    assert (abs(np.frombuffer(rows["image"][0].as_py(), np.uint8).astype(int) - 10) <= 2).all()
+
+
+def test_what_is_left_out_is_told_by_kind_and_a_folder_that_loses_all_by_name(
+    source: Callable[[dict[str, bytes]], Any],
+) -> None:
+    keys = [
+        *("a/1.png", "a/notes.txt", "b/1.png", ".git/x.svg", "README"),
+        *(f"{label}/{i}.tiff" for label in "cd" for i in range(3)),
+    ]
+    found = find_source(DataSpec(source=str(source(dict.fromkeys(keys, b"x")))))
+    assert found.reason == (
+        "by the names of 2 of 10 objects; left out: 6 *.tiff, 1 without a suffix, 1 *.txt, "
+        "and with them all of the folders c, d"
+    )
+    whole = find_source(DataSpec(source=str(source({"a/1.png": b"x", "b/1.png": b"x"}))))
+    assert whole.reason == "by the names of 2 of 2 objects"
 
 
 def test_numbered_classes_are_in_the_order_of_their_numbers(
@@ -84,6 +129,23 @@ def test_a_chosen_size_and_colour_are_kept(read: Read, png: Callable[..., bytes]
     assert read(files, image_size=(4, 6), channels=1)[0].layout == ImageLayout(4, 6, 1)
 
 
+@pytest.mark.parametrize("section", [{}, {"image_size": (8, 8), "channels": 1}])
+@pytest.mark.parametrize(("highest", "becomes"), [(4095, 15), (65535, 255), (150, 0)])
+def test_what_is_kept_of_16_bits_is_told(
+    read: Read, png: Callable[..., bytes], section: Any, highest: int, becomes: int
+) -> None:
+    file = io.BytesIO()
+    pixels = np.linspace(0, highest, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(pixels).save(file, "PNG")
+    survey, rows = read({"a/1.png": file.getvalue(), "b/1.png": png()}, **section)
+    assert max(rows["image"][0].as_py()) == becomes
+    (note,) = (note for note in survey.notes if "16 bits" in note)
+    assert note.startswith("1 of 2 images looked at has 16 bits a pixel")
+    assert f"{highest:,}, the largest value there, is {becomes} of 255" in note
+    plain, _ = read({"a/1.png": png(), "b/1.png": png()}, **section)
+    assert not any("16 bits" in note for note in plain.notes)
+
+
 def test_what_cannot_be_read_is_a_row_with_a_problem(read: Read, png: Callable[..., bytes]) -> None:
     files = {
         "a/good.png": png(),
@@ -91,7 +153,7 @@ def test_what_cannot_be_read_is_a_row_with_a_problem(read: Read, png: Callable[.
         "b/empty.png": b"",
         "b/cut.png": png()[:45],
         "b/text.jpg": b"not an image",
-        "b/other.png": png(form="BMP"),
+        "b/other.png": png(form="TIFF"),
         "loose.png": png(),
     }
     survey, rows = read(files)
@@ -101,7 +163,7 @@ def test_what_cannot_be_read_is_a_row_with_a_problem(read: Read, png: Callable[.
         "b/good.png",
     }
     assert problems["loose.png"] == "not in a class folder"
-    assert "not a readable PNG or JPEG file" in problems["b/cut.png"]
+    assert "not a readable PNG, JPEG, WEBP, GIF or BMP file" in problems["b/cut.png"]
     assert survey.layout == ImageLayout(8, 8, 1)
 
 

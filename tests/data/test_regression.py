@@ -28,6 +28,10 @@ from heliostat.spec import DataSpec, parse
 from heliostat.storage import connect
 
 Read = Callable[..., Any]
+REASON = (
+    "task regression - the labels in y are numbers, and some are fractions; set data.task to "
+    "classification to take each for a class"
+)
 ROWS = st.lists(
     st.tuples(*[st.floats(-1e9, 1e9).map(lambda x: round(x, 3))] * 2), min_size=2, max_size=40
 )
@@ -122,6 +126,61 @@ def test_one_column_is_of_classes_unless_the_task_says_otherwise() -> None:
         label(label=["y", "z"], task="classification")
     with pytest.raises(HeliostatError, match="name each column once"):
         label(label=["y", "y"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_regression"),
+    [
+        (["0.5", "1", "2.25"], True),
+        (["-1e-3", "7", "8"], True),
+        ([f"{n}.5" for n in range(1500)], True),
+        (["1", "2", "3.0"], False),
+        (["1.5", "3"], False),
+        (["0.5", "1.5", "none"], False),
+        (["0.5", "1.5", "inf"], False),
+        (["a", "b", "c"], False),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_fractions_are_numbers_unless_the_task_says_otherwise(
+    read: Read, form: str, labels: list[str], is_regression: bool
+) -> None:
+    rows = {"n": list(range(len(labels))), "y": labels}
+    if form == "csv":
+        lines = zip(*rows.values(), strict=True)
+        files = {"t.csv": "\n".join(["n,y", *(f"{n},{y}" for n, y in lines)]).encode()}
+    else:
+        file = io.BytesIO()
+        is_number = all(label.replace("inf", "1").strip("-.e0123456789") == "" for label in labels)
+        column = pa.array(map(float, labels)) if is_number else pa.array(labels)
+        pq.write_table(pa.table(rows | {"y": column}), file)
+        files = {"t.parquet": file.getvalue()}
+    survey, read_rows = read(files, label="y")
+    assert survey.layout.targets == (("y",) if is_regression else ())
+    assert [n for n in survey.notes if n.startswith("task")] == ([REASON] if is_regression else [])
+    if is_regression:
+        assert survey.labels == ()
+        assert read_rows["label"].to_pylist() == list(map(float, labels))
+    if len(labels) < 1000:
+        told, _ = read(files, label="y", task="classification")
+        assert told.layout.targets == ()
+        assert len(told.labels) == len(labels)
+
+
+def test_ratings_are_numbers_unless_they_are_two_or_words(read: Read) -> None:
+    def targets(*ratings: str, **section: Any) -> tuple[str, ...]:
+        rows = "".join(f"u{i % 3},{i},{rating}\n" for i, rating in enumerate(ratings))
+        files = {"t.csv": f"user,item,stars\n{rows}".encode()}
+        columns = {"user": "id", "item": "id"}
+        survey, _ = read(files, label="stars", columns=columns, **section)
+        reasons = [note for note in survey.notes if note.startswith("task regression")]
+        assert bool(reasons) == bool(survey.layout.targets)
+        return survey.layout.targets  # type: ignore[no-any-return]
+
+    assert targets("1", "5", "3") == ("stars",)
+    assert targets("0", "1", "1") == ()
+    assert targets("good", "bad", "3") == ()
+    assert targets("1", "5", "3", task="classification") == ()
 
 
 @pytest.mark.parametrize(

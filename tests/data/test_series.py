@@ -81,6 +81,21 @@ def test_labels_can_be_numbers(read: Read) -> None:
     assert rows["problem"].to_pylist() == [None, None, "the label is not a number"]
 
 
+def test_the_header_says_what_labels_are_for(read: Read) -> None:
+    files = make_ts("1,2:0.5", "3:7", header="@timeStamps false\n@targetLabel true\n@data\n")
+    survey, rows = read(files)
+    assert (survey.layout.targets, survey.labels) == (("target",), ())
+    assert rows["label"].to_pylist() == [0.5, 7.0]
+    (note,) = (note for note in survey.notes if note.startswith("task"))
+    assert note == "task regression - @targetLabel is true"
+    survey, _ = read(files, task="classification")
+    assert (survey.layout.targets, survey.labels) == ((), ("0.5", "7"))
+    survey, _ = read(make_ts("1,2:0.5", "3:7"))
+    assert (survey.layout.targets, survey.labels) == ((), ("0.5", "7"))
+    survey, _ = read(files | {"q.ts": f"{HEADER}1:7\n".encode()})
+    assert survey.layout.targets == ()
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

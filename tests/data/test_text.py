@@ -72,6 +72,12 @@ LINES = [f"Line {n} of the poem says {'na ' * (n % 7)}to the {n * n}th star.\n" 
 WRITTEN = learn_tokenizer(LINES, 400)
 VOCABULARY = describe_tokenizer(WRITTEN, {}, "the tokenizer")
 TOKENIZER = parse_tokenizer(WRITTEN, "the tokenizer")
+TABLE = b'{"n": 1, "y": "a"}\n{"n": 2, "y": "b"}\n'
+LACKING = (
+    r"no line of JSON under .* has a text \(a\.jsonl#0: no text in the field text: fields are n, "
+    r"y\): .* set data\.text\.column .* a table is given as CSV or Parquet"
+)
+HALF_A_NAME = b'{"body": "a", "\\ud800": 1}'
 ENDS = st.integers(0, 3)
 DOCUMENTS = st.lists(st.lists(st.integers(4, 9), min_size=1, max_size=20), min_size=1, max_size=12)
 
@@ -281,8 +287,9 @@ def test_a_readme_beside_data_of_another_form_is_no_text(read: Read, idx: Any) -
         ),
         ("not a line of JSON", "bad.jsonl", b"{text: 1}"),
         ("not a line of JSON", "bad.jsonl", b"[" * 100_000),
-        ("no text in the field text", "bad.jsonl", b'{"body": "a"}'),
-        ("no text in the field text", "bad.jsonl", b'{"text": 7}'),
+        ("no text in the field text: fields are body, \\ud800", "bad.jsonl", HALF_A_NAME),
+        ("no text in the field text: fields are text", "bad.jsonl", b'{"text": 7}'),
+        ("no text in the field text: it is no object", "bad.jsonl", b'["text"]'),
         ("not UTF-8 text", "bad.jsonl", b'{"text": "\\ud800"}'),
         ("not UTF-8 text", "bad.jsonl", b'{"text": "\xff"}'),
         ("empty", "bad.jsonl", b'{"text": ""}'),
@@ -311,7 +318,7 @@ def test_pieces_are_all_of_a_file_and_cut_no_character_and_no_line_that_is_short
     data = "\n".join(lines).encode()
     pieces = list(text.cut(io.BytesIO(data), piece_bytes))
     assert b"".join(pieces) == data
-    assert all(0 < len(piece) < 2 * piece_bytes for piece in pieces)
+    assert all(0 < len(piece) <= 2 * piece_bytes for piece in pieces)
     for piece in pieces[:-1]:
         piece.decode()
         assert piece.endswith(b"\n") or b"\n" not in piece
@@ -353,6 +360,21 @@ def test_a_readme_beside_tables_of_texts_is_none_of_them(read: Read) -> None:
     assert rows["text"].to_pylist() == ["one", "two"]
 
 
+def test_what_is_left_out_beside_texts_is_told_by_kind(source: Source) -> None:
+    files = {"a.txt": b"a", "b.jsonl": b"", "t.csv": b"text\none\n", "u.TSV": b"text\ntwo\n"}
+    reason = find_source(DataSpec(source=str(source(files)), format="text")).reason
+    assert reason == "as data.format says; left out: 1 *.txt, 1 *.jsonl"
+
+
+def test_numbers_in_lines_of_json_are_no_table(source: Source, tmp_path: Path) -> None:
+    data = {"source": str(source({"a.jsonl": TABLE})), "label": "n", "task": "regression"}
+    root = tmp_path / "root"
+    root.mkdir()
+    sentence = r"labels of text are .*: a table is given as CSV or Parquet, \.jsonl is read as text"
+    with pytest.raises(HeliostatError, match=sentence):
+        prepare(parse({"name": "t", "root": str(root), "data": data, "model": {"kind": "mlp"}}))
+
+
 def test_a_line_that_is_too_long_is_one_bad_row_and_the_next_one_is_read(read: Read) -> None:
     line = b'{"text": "' + b"a" * text.MAX_LINE_BYTES + b'"}'
     _, rows = read({"a.jsonl": line + b'\n\n{"text": "good"}\n'})
@@ -368,6 +390,9 @@ def test_a_line_that_is_too_long_is_one_bad_row_and_the_next_one_is_read(read: R
         ("set data.label to the field", {"a.jsonl": JSONL}, {"task": "classification"}),
         ("of texts one is the class", {"a.jsonl": JSONL}, {"label": ["y", "z"]}),
         ("has no labels", {"a.jsonl": JSONL}, {"label": "z"}),
+        (LACKING, {"a.jsonl": TABLE}, {"label": "y"}),
+        (LACKING, {"a.jsonl": TABLE}, {}),
+        (LACKING, {"README.md": b"About it.", "a.jsonl": TABLE}, {"label": "y"}),
         ("has no column body", {"a.csv": CSV}, {"format": "text", "text": {"column": "body"}}),
         (
             "has no column body",

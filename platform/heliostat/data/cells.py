@@ -1,6 +1,7 @@
 """Texts and numbers of a table's cells: what is missing, what is a number, what is the same id."""
 
 import re
+from collections.abc import Collection
 from typing import cast
 
 MAX_NUMBER = 1e100  # so that squares and their sums are numbers too
@@ -26,6 +27,16 @@ def parse_number(text: str) -> float | None:
     except ValueError:
         return None
     return number if abs(number) <= MAX_NUMBER and "_" not in text else None
+
+
+def are_ratings(labels: Collection[str]) -> bool:
+    """Whether distinct labels are numbers, and more than the two that may say yes and no."""
+    return len(labels) > 2 and all(parse_number(label) is not None for label in labels)
+
+
+def are_quantities(labels: Collection[str]) -> bool:
+    """Whether distinct labels are numbers and some of them fractions; two may still be classes."""
+    return are_ratings(labels) and any((parse_number(label) or 0) % 1 for label in labels)
 
 
 def shorten_number(text: str) -> str:

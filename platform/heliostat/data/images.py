@@ -1,4 +1,4 @@
-"""Images as raw data: PNG and JPEG files in class folders, and IDX files as MNIST has them."""
+"""Images as raw data: files in class folders, and IDX files as MNIST has them."""
 
 import math
 import re
@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from heliostat.data.features import IMAGE
-from heliostat.data.pixels import BROKEN_IMAGE, decode_image, fit_image, open_image
+from heliostat.data.pixels import (
+    BROKEN_IMAGE,
+    STORED,
+    decode_image,
+    fit_image,
+    list_formats,
+    open_image,
+)
 from heliostat.data.raw import (
     Form,
     Found,
@@ -35,6 +42,7 @@ from heliostat.storage import Entry, Store
 HEADER_BYTES = 64 * 1024
 BATCH_BYTES = 16 * 1024 * 1024
 PARALLEL_READS = 8
+FEW_FILES = 16
 ORIENTATION = 0x0112
 GREY_MODES = ("1", "L", "LA", "I", "I;16")
 MAX_SIDE, MIN_SIDE, SIDE_STEP = 64, 16, 8
@@ -46,6 +54,13 @@ IDX_KIND = re.compile(r"(images|labels)[^/]*$")
 Pixels = NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class Header:
+    height: int
+    width: int
+    mode: str
+
+
 def _rows_per_batch(layout: ImageLayout) -> int:
     return max(1, BATCH_BYTES // (layout.height * layout.width * layout.channels))
 
@@ -54,27 +69,47 @@ def _rows_per_batch(layout: ImageLayout) -> int:
 
 
 def _survey_files(store: Store, unit: Unit, data: DataSpec) -> Found:
-    """Sizes and colours, from the headers alone."""
-    if data.image_size and data.channels:
-        return {"sizes": [], "grey": 0}
+    """Sizes, colours and depths from the headers alone, and the largest value of a few deep ones.
+
+    Where sizes and colours are known, a few headers tell enough.
+    """
+    is_known = data.image_size and data.channels
+    files = unit["files"][:FEW_FILES] if is_known else unit["files"]
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        heads = list(pool.map(lambda file: _read_header(store, *file), unit["files"]))
+        heads = list(pool.map(lambda file: _read_header(store, *file), files))
     known = [head for head in heads if head]
-    sizes = Counter((height, width) for height, width, _ in known)
-    return {"sizes": list(sizes.items()), "grey": sum(grey for _, _, grey in known)}
+    deep = [
+        key
+        for (key, _), head in zip(files, heads, strict=True)
+        if head and head.mode.startswith("I")
+    ]
+    return {
+        "sizes": list(Counter((head.height, head.width) for head in known).items()),
+        "grey": sum(head.mode in GREY_MODES for head in known),
+        "deep": len(deep),
+        "highest": max((_find_highest(store, key) for key in deep[:FEW_FILES]), default=0),
+    }
 
 
-def _read_header(store: Store, key: str, size: int) -> tuple[int, int, bool] | None:
-    """Height, width and whether it is grey; None if the file is not a readable image."""
+def _read_header(store: Store, key: str, size: int) -> Header | None:
+    """None if the file is not a readable image."""
     for length in (min(size, HEADER_BYTES), size):
         try:
-            with open_image(store.read_range(key, 0, length)) as image:
+            with open_image(store.read_range(key, 0, length), formats=STORED) as image:
                 upright = image.getexif().get(ORIENTATION, 1) < 5
                 height, width = image.size[::-1] if upright else image.size
-                return height, width, image.mode in GREY_MODES
+                return Header(height, width, image.mode)
         except BROKEN_IMAGE:
             continue
     return None
+
+
+def _find_highest(store: Store, key: str) -> int:
+    try:
+        with open_image(store.read(key), formats=STORED) as image:
+            return int(np.asarray(image).max())
+    except BROKEN_IMAGE:
+        return 0
 
 
 def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
@@ -90,8 +125,18 @@ def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
         sort_labels([label for label in labels if label], f"{source.store.uri} (a folder a class)"),
         len(source.entries),
         height * width * channels,
-        (why_size, why_channels),
+        (why_size, why_channels, *_describe_depth(found, known)),
     )
+
+
+def _describe_depth(found: list[Found], known: int) -> Iterator[str]:
+    deep, highest = sum(part["deep"] for part in found), max(part["highest"] for part in found)
+    if deep:
+        yield (
+            f"{deep:,} of {known:,} images looked at {'has' if deep == 1 else 'have'} 16 bits a "
+            f"pixel, and the upper 8 are kept: {highest:,}, the largest value there, is "
+            f"{highest >> 8} of 255; stretch them to 65,535 first if that is too dark"
+        )
 
 
 def _choose_size(sizes: Counter[tuple[int, int]], data: DataSpec) -> tuple[tuple[int, int], str]:
@@ -99,7 +144,7 @@ def _choose_size(sizes: Counter[tuple[int, int]], data: DataSpec) -> tuple[tuple
         height, width = data.image_size
         return data.image_size, f"image size {height}x{width} - as data.image_size says"
     if not sizes:
-        raise HeliostatError(f"no image under {data.source} can be read as PNG or JPEG")
+        raise HeliostatError(f"no image under {data.source} can be read as {list_formats(STORED)}")
     height, width = next(iter(sizes))
     if len(sizes) == 1 and height * width <= MAX_UNIFORM_PIXELS:
         return (height, width), f"image size {height}x{width} - all images have it"
@@ -141,8 +186,9 @@ def _read_files(store: Store, unit: Unit, layout: ImageLayout) -> Iterator[pa.Ta
 def _read_file(store: Store, key: str, layout: ImageLayout) -> tuple[bytes | None, str | None]:
     if layout.labelled and folder_of(key) is None:
         return None, "not in a class folder"
+    size = layout.height, layout.width, layout.channels
     try:
-        image = decode_image(store.read(key), layout.height, layout.width, layout.channels)
+        image = decode_image(store.read(key), *size, formats=STORED)
     except ValueError as error:
         return None, str(error)
     return image.tobytes(), None

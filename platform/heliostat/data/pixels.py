@@ -1,4 +1,4 @@
-"""PNG and JPEG files as pixels, bounded in size."""
+"""Image files of a few formats as pixels, bounded in size."""
 
 import io
 import struct
@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000  # of an image of a data set
+SENT = ("PNG", "JPEG")  # in a request, by anyone: a decoder more is one more to attack
+STORED = (*SENT, "WEBP", "GIF", "BMP")  # in a data set
 BROKEN_IMAGE = (
     OSError,
     SyntaxError,
@@ -26,26 +28,41 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def decode_image(
-    data: bytes, height: int, width: int, channels: int, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    height: int,
+    width: int,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = SENT,
 ) -> NDArray[np.uint8]:
-    """The pixels (height, width, channels) of a PNG or JPEG file, upright, centre-cropped.
+    """The pixels (height, width, channels) of an image file, upright, centre-cropped.
+
+    Of several frames it is the first.
 
     Raises:
-        ValueError: not a PNG or JPEG file, a broken one, or one of more than `max_pixels`.
+        ValueError: none of `formats`, a broken file, or one of more than `max_pixels`.
     """
     try:
-        with open_image(data, max_pixels) as image:
+        with open_image(data, max_pixels, formats) as image:
             return fit_image(ImageOps.exif_transpose(image), height, width, channels)
     except BROKEN_IMAGE as error:
-        raise ValueError(f"not a readable PNG or JPEG file: {_first_line(error)}") from error
+        problem = f"not a readable {list_formats(formats)} file: {_first_line(error)}"
+        raise ValueError(problem) from error
 
 
-def open_image(data: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A PNG or JPEG file of a bounded size with only its header read; raises BROKEN_IMAGE."""
-    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+def open_image(
+    data: bytes | bytearray, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = SENT
+) -> Image.Image:
+    """A file of a bounded size with only its header read; raises BROKEN_IMAGE."""
+    image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}x{image.height} is more than {max_pixels:,} pixels")
     return image
+
+
+def list_formats(formats: tuple[str, ...]) -> str:
+    *others, last = formats
+    return f"{', '.join(others)} or {last}"
 
 
 def fit_image(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:

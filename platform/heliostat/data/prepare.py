@@ -36,7 +36,7 @@ def prepare(spec: RunSpec) -> Manifest:
     source = find_source(spec.data)
     _check_apart(source, store)
     _check_task(source.form, spec.data)
-    print(f"{source.uri}: {source.form} - {source.reason}", flush=True)
+    print(printable(f"{source.uri}: {source.form} - {source.reason}"), flush=True)
     fingerprint = _fingerprint(source, spec.data)
     if manifest := _find_prepared(store, spec.name, fingerprint):
         print(f"already prepared: {manifest.name}@{manifest.version}", flush=True)
@@ -116,8 +116,10 @@ def _check_apart(source: Source, store: Store) -> None:
 def _check_task(form: str, data: DataSpec) -> None:
     tasks = FORMS[form].tasks
     if data.task not in ("auto", *tasks):
+        hint = ": a table is given as CSV or Parquet, .jsonl is read as texts"
         raise HeliostatError(
             f"data.task is {data.task}, but the labels of {form} are for {' or '.join(tasks)}"
+            + hint * (form == "text")
         )
 
 

@@ -21,8 +21,9 @@ from heliostat.spec import DataSpec, SplitSpec
 from heliostat.storage import Entry, Store, connect
 
 MAX_LABELS = 1000
+MAX_LISTED = 5
 SUFFIXES = {
-    "images": re.compile(r"\.(png|jpe?g)$", re.IGNORECASE),
+    "images": re.compile(r"\.(png|jpe?g|jpe|jfif|webp|gif|bmp)$", re.IGNORECASE),
     "idx": re.compile(r"idx\d-ubyte(\.gz)?$", re.IGNORECASE),
     "csv": re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE),
     "parquet": re.compile(r"\.(parquet|pq)$", re.IGNORECASE),
@@ -43,7 +44,7 @@ Found = dict[str, Any]
 class Source:
     """The objects of one form under `uri`, as keys of `store`: `uri` itself, or its folder's.
 
-    `reason` says how the form was found.
+    `reason` says how the form was found, and what is left out.
     """
 
     store: Store
@@ -198,6 +199,7 @@ def find_source(data: DataSpec) -> Source:
         by_form["text"] = tables  # a readme beside the data
     kept = by_form[form] or visible
     _check_test_files(data.split, kept, store.uri)
+    reason += _describe_rest(visible, kept)
     uri = connect(data.source).uri
     return Source(store, form, tuple(kept), len(entries) - len(kept), reason, uri)
 
@@ -370,12 +372,34 @@ def _choose_form(
     if found:
         counts = ", ".join(f"{count:,} of {form}" for form, count in found.items())
         raise HeliostatError(f"{uri} holds {counts}: set data.format to the one that is meant")
-    suffixes = Counter(_suffix(entry.key) for entry in visible).most_common(5)
-    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
     raise HeliostatError(
-        f"{uri} holds no PNG, JPEG, IDX, CSV, Parquet, .ts or text files, but {counts}: "
-        "set data.format if they are one of these under another name"
+        f"{uri} holds no PNG, JPEG, WebP, GIF, BMP, IDX, CSV, Parquet, .ts or text files, but "
+        f"{_count_kinds(visible)}: set data.format if they are one of these under another name"
     )
+
+
+def _describe_rest(visible: list[Entry], kept: list[Entry]) -> str:
+    """What is left out, and the folders, each maybe a class, that nothing is kept of."""
+    keys = {entry.key for entry in kept}
+    rest = [entry for entry in visible if entry.key not in keys]
+    if not rest:
+        return ""
+    lost = {folder_of(entry.key) for entry in rest} - {folder_of(key) for key in keys}
+    names = sorted(name for name in lost if name)
+    told = f"; left out: {_count_kinds(rest)}"
+    if not names:
+        return told
+    folders = "folders" if len(names) > 1 else "folder"
+    return f"{told}, and with them all of the {folders} {_list_some(names)}"
+
+
+def _count_kinds(entries: list[Entry]) -> str:
+    kinds = Counter(_suffix(entry.key) for entry in entries).most_common()
+    return _list_some([f"{count:,} {kind}" for kind, count in kinds])
+
+
+def _list_some(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + ", ..." * (len(names) > MAX_LISTED)
 
 
 def _suffix(key: str) -> str:

@@ -23,6 +23,7 @@ def make_report(source: Source, survey: Survey, outcomes: list[Outcome]) -> dict
     return {
         "source": source.uri,
         "format": source.form,
+        "format_reason": source.reason,
         "objects": len(source.entries),
         "objects_ignored": source.ignored,
         "rows_read": kept + bad.total(),

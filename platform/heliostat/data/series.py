@@ -37,7 +37,7 @@ from heliostat.spec import DataSpec
 from heliostat.storage import Store
 
 BATCH_ROWS = 512
-TARGET = "target"
+CLASS, TARGET = "class", "target"
 
 
 def _split_files(source: Source) -> list[Unit]:
@@ -48,7 +48,7 @@ def _survey_file(store: Store, unit: Unit, data: DataSpec) -> Found:
     """How many cases there are, how long they are, and their labels."""
     rows, steps, longest, channels, labels = 0, 0, 0, 0, set[str]()
     unusable = Unusable()
-    with _open_cases(store, unit["key"]) as (cases, _):
+    with _open_cases(store, unit["key"]) as (cases, kind):
         for case in cases:
             texts, label = _split_case(case)
             channels = channels or len(texts)
@@ -69,6 +69,7 @@ def _survey_file(store: Store, unit: Unit, data: DataSpec) -> Found:
         "labels": sorted(labels),
         "unusable": unusable.count,
         "example": unusable.example,
+        "kind": kind,
     }
 
 
@@ -84,23 +85,34 @@ def _settle_files(source: Source, found: list[Found], data: DataSpec) -> Survey:
     (channels,) = by_channels
     rows, steps = (sum(part[name] for part in found) for name in ("rows", "steps"))
     labels = {label for part in found for label in part["labels"]}
-    is_regression = data.task == "regression"
+    is_regression, why_task = _choose_task(found, data)
     return Survey(
         SeriesLayout(length, channels, (TARGET,) if is_regression else ()),
         () if is_regression else sort_labels(labels, source.store.uri, unusable),
         rows,
         4 * channels * steps / rows,
-        (f"series of up to {length:,} steps - the longest of {rows:,}", f"channels {channels}"),
+        (
+            *why_task,
+            f"series of up to {length:,} steps - the longest of {rows:,}",
+            f"channels {channels}",
+        ),
     )
+
+
+def _choose_task(found: list[Found], data: DataSpec) -> tuple[bool, list[str]]:
+    """Whether numbers are predicted, and why if only the headers say so."""
+    if data.task != "auto" or any(part["kind"] != TARGET for part in found):
+        return data.task == "regression", []
+    return True, ["task regression - @targetLabel is true"]
 
 
 def _read_file(store: Store, unit: Unit, layout: SeriesLayout) -> Iterator[pa.Table]:
     key, first = unit["key"], 0
-    with _open_cases(store, key, layout.labelled) as (cases, has_labels):
+    with _open_cases(store, key, layout.labelled) as (cases, kind):
         while batch := list(islice(cases, BATCH_ROWS)):
             ids = [f"{key}#{first + row}" for row in range(len(batch))]
             first += len(batch)
-            split = [_split_case(case, has_labels) for case in batch]
+            split = [_split_case(case, kind is not None) for case in batch]
             parsed = [_parse_case(texts, layout.channels) for texts, _ in split]
             labels = [label for _, label in split]
             problems = [
@@ -115,24 +127,24 @@ def _read_file(store: Store, unit: Unit, layout: SeriesLayout) -> Iterator[pa.Ta
 @contextmanager
 def _open_cases(
     store: Store, key: str, labelled: bool = True
-) -> Iterator[tuple[Iterator[str], bool]]:
-    """The lines of a file below its header, and whether they have the labels that are wanted."""
+) -> Iterator[tuple[Iterator[str], str | None]]:
+    """The lines of a file below its header, and the kind of their labels, None without."""
     with open_raw(store, key) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
         lines = (line.strip() for line in text)
         content = (line for line in lines if line and not line.startswith("#"))
         place = f"{store.uri}/{key}"
-        has_labels = _read_header(content, place)
-        if labelled and not has_labels:
+        kind = _read_header(content, place)
+        if labelled and kind is None:
             raise HeliostatError(
                 f"{place} has no labels: @classLabel or @targetLabel must be true, and the last "
                 "field of a case its label"
             )
-        yield content, has_labels
+        yield content, kind
 
 
-def _read_header(lines: Iterator[str], place: str) -> bool:
-    """Whether the last field of a case is its label."""
+def _read_header(lines: Iterator[str], place: str) -> str | None:
+    """CLASS or TARGET if the last field of a case is its label."""
     header: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(" ")
@@ -148,8 +160,9 @@ def _read_header(lines: Iterator[str], place: str) -> bool:
         raise HeliostatError(f"{place} is not a .ts file of series: it has no line @data")
     if header.get("@timestamps", "false") != "false":
         raise HeliostatError(f"{place} has time stamps: give values at equal steps without them")
-    labels = (header.get("@classlabel", "false"), header.get("@targetlabel", "false"))
-    return any(label.startswith("true") for label in labels)
+    keys = {CLASS: "@classlabel", TARGET: "@targetlabel"}
+    said = (kind for kind, key in keys.items() if header.get(key, "").startswith("true"))
+    return next(said, None)
 
 
 def _split_case(case: str, has_label: bool = True) -> tuple[list[str], str | None]:

@@ -17,7 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from heliostat.data.cells import MAX_NUMBER, parse_number, shorten_number, strip_text, write_number
+from heliostat.data.cells import (
+    MAX_NUMBER,
+    are_quantities,
+    are_ratings,
+    parse_number,
+    shorten_number,
+    strip_text,
+    write_number,
+)
 from heliostat.data.features import COLUMN_PREFIX, NUMBERS
 from heliostat.data.ranged import RangedFile
 from heliostat.data.raw import (
@@ -78,7 +86,6 @@ def _settle(
 ) -> Survey:
     """What follows from the surveys of all files and the kind of each column by its content."""
     _check_same_columns(source.store.uri, found)
-    label = label_of(data)
     kept = _keep_columns(kinds, data)
     rows = sum(part["rows"] for part in found)
     if not rows:
@@ -86,6 +93,7 @@ def _settle(
             f"the tables under {source.store.uri} have names of columns but no row below them"
         )
     labels = {label for part in found for label in part["labels"]}
+    label, why_task = _choose_target(data, labels)
     place = f"the column {label} of {source.store.uri}"
     layout = TableLayout(label, kept, data.header)
     read_otherwise = list(_describe_texts(layout, tallies or {}, data))
@@ -95,7 +103,7 @@ def _settle(
         sort_labels(labels, place, why_not) if isinstance(label, str) else (),
         rows,
         sum(entry.size for entry in source.entries) / max(rows, 1),
-        (*_describe_columns(kinds, kept, data), *read_otherwise),
+        (*why_task, *_describe_columns(kinds, kept, data), *read_otherwise),
     )
 
 
@@ -111,12 +119,29 @@ def _describe_texts(
             yield tally.tell_commas(name)
 
 
+def _choose_target(data: DataSpec, labels: set[str]) -> tuple[str | tuple[str, ...], list[str]]:
+    """What `label_of` says, or numbers where `labels` are no classes, and then why."""
+    label = label_of(data)
+    if data.task != "auto" or not isinstance(label, str):
+        return label, []
+    if "id" in data.columns.values() and are_ratings(labels):
+        why = "of rows with ids are more than two numbers"
+    elif are_quantities(labels):
+        why = "are numbers, and some are fractions"
+    else:
+        return label, []
+    return (label,), [
+        f"task regression - the labels in {label} {why}; set data.task to classification to take "
+        "each for a class"
+    ]
+
+
 def label_of(data: DataSpec) -> str | tuple[str, ...]:
     """The column of classes, or the columns of numbers.
 
-    Numbers in one column are classes as often as they are quantities (0 and 1, the digits, a postal
-    code), and nothing in them tells which: task auto takes one column for classes, which is what it
-    always did, and several for numbers, since classes can only be one.
+    Whole numbers in one column are classes as often as they are quantities (0 and 1, the digits, a
+    postal code), and nothing in them tells which: task auto takes one column for classes, until a
+    survey finds fractions there or ratings, and several for numbers, since classes can only be one.
 
     Raises:
         HeliostatError: several columns cannot be classes.

@@ -47,7 +47,7 @@ from heliostat.data.tokens import (
     pack,
     read_tokenizer,
 )
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, printable
 from heliostat.spec import DataSpec
 from heliostat.storage import Store
 
@@ -64,9 +64,12 @@ BATCH_BYTES = 16 * MIB
 PARALLEL_READS = 8
 TABLE_ROWS = 256
 MAX_TOLD = 3
+MAX_LISTED = 20
+MAX_NAMES = 200  # characters
 LINES = (".jsonl", ".jsonl.gz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TABLES = (*PARQUET_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+NO_TEXT = "no text in the field"
 GZIP = b"\x1f\x8b"
 TOO_LONG = f"a document of more than {MAX_DOCUMENT_BYTES // MIB} MiB: cut it into several"
 
@@ -97,6 +100,7 @@ def _survey(store: Store, unit: Unit, data: DataSpec) -> Found:
     layout = replace(_layout_of(data, packed=_label(data) is None), cut_bytes=unit["cut_bytes"])
     labels, rows, total, training = set[str](), 0, 0, 0
     unusable = Unusable()
+    lines, lacking, lacked = 0, 0, ""
     for key, size in unit["files"]:
         is_read = not _is_whole(key) or _is_cut(layout, size)
         if is_read:
@@ -112,6 +116,10 @@ def _survey(store: Store, unit: Unit, data: DataSpec) -> Found:
             place = order_of(document.id, key, data.seed, data.split)
             rows, total = rows + 1, total + length
             training += length if split_at(place) == "train" else 0
+            lines += key.lower().endswith(LINES)
+            if document.problem and document.problem.startswith(NO_TEXT):
+                lacking += 1
+                lacked = lacked or f"{document.id}: {document.problem}"
             if document.label is not None and len(labels) <= MAX_LABELS:
                 labels.add(document.label)
     return {
@@ -121,10 +129,14 @@ def _survey(store: Store, unit: Unit, data: DataSpec) -> Found:
         "training": training,
         "unusable": unusable.count,
         "example": unusable.example,
+        "lines": lines,
+        "lacking": lacking,
+        "lacked": lacked,
     }
 
 
 def _settle(source: Source, found: list[Found], data: DataSpec) -> Survey:
+    _check_lines(source, found, data)
     packed, why_task = _choose_task(source, data)
     labels = {label for part in found for label in part["labels"]}
     sums = {name: sum(part[name] for part in found) for name in ("rows", "bytes", "training")}
@@ -138,6 +150,18 @@ def _settle(source: Source, found: list[Found], data: DataSpec) -> Survey:
         sums["bytes"] / max(sums["rows"], 1),
         (why_task,),
     )
+
+
+def _check_lines(source: Source, found: list[Found], data: DataSpec) -> None:
+    """Refuse lines of JSON that are a table; beside files that are texts they are bad rows."""
+    rows, lines, lacking = (sum(part[n] for part in found) for n in ("rows", "lines", "lacking"))
+    if lacking and lacking == lines and (lines == rows or _label(data)):
+        example = next(part["lacked"] for part in found if part["lacked"])
+        raise HeliostatError(
+            f"no line of JSON under {source.store.uri} has a text ({example}): they are read as "
+            "texts, so set data.text.column to the field of the text; a table is given as CSV or "
+            "Parquet"
+        )
 
 
 def _choose_task(source: Source, data: DataSpec) -> tuple[bool, str]:
@@ -378,11 +402,19 @@ def _parse_line(line: bytes, layout: TextLayout, row_id: str, key: str) -> Docum
         return bad("not a line of JSON")
     text = fields.get(layout.column) if isinstance(fields, dict) else None
     if not isinstance(text, str):
-        return bad(f"no text in the field {layout.column}")
+        return bad(f"{NO_TEXT} {layout.column}: {_describe_fields(fields)}")
     if SURROGATES.search(text):
         return bad("not UTF-8 text: half of a surrogate pair")
     label = _parse_label(fields.get(layout.label)) if layout.label else None
     return Document(row_id, key, text, label, None)
+
+
+def _describe_fields(fields: object) -> str:
+    if not isinstance(fields, dict):
+        return "it is no object"
+    names = printable(", ".join(islice(fields, MAX_LISTED)))
+    told = names if len(names) <= MAX_NAMES else f"{names[:MAX_NAMES]}..."
+    return f"fields are {told}{', ...' * (len(fields) > MAX_LISTED)}" if fields else "no fields"
 
 
 def _parse_label(value: object) -> str | None:

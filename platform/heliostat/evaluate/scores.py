@@ -180,37 +180,55 @@ class NumberScores:
 class NumberCounter:
     def __init__(self, numbers: Numbers) -> None:
         width = len(numbers.names)
-        self._numbers, self._loss, self._rows = numbers, 0.0, 0
-        self._sums = {name: np.zeros(width) for name in ("absolute", "squared", "total", "squares")}
+        self._numbers, self._loss = numbers, 0.0
+        self._absolute, self._squared = np.zeros(width), np.zeros(width)
+        self._spread = Spread(width)
 
     def add(self, outputs: Tensor, targets: Tensor, loss: float) -> None:
         actual = targets.double().numpy()
         error = outputs.double().numpy() - actual
-        parts = {
-            "absolute": np.abs(error),
-            "squared": error**2,
-            "total": actual,
-            "squares": actual**2,
-        }
-        for name, part in parts.items():
-            self._sums[name] += part.sum(axis=0)
+        self._absolute += np.abs(error).sum(axis=0)
+        self._squared += (error**2).sum(axis=0)
+        self._spread.add(actual)
         self._loss += loss
-        self._rows += len(actual)
 
     def finish(self) -> NumberScores:
-        rows, std = _require(self._rows), np.array(self._numbers.std)
-        spread = self._sums["squares"] - self._sums["total"] ** 2 / rows
+        rows, std = _require(self._spread.rows), np.array(self._numbers.std)
         return NumberScores(
             self._numbers.names,
             rows,
             self._loss / rows / len(self._numbers.names),
-            tuple((self._sums["absolute"] / rows * std).tolist()),
-            tuple((np.sqrt(self._sums["squared"] / rows) * std).tolist()),
+            tuple((self._absolute / rows * std).tolist()),
+            tuple((np.sqrt(self._squared / rows) * std).tolist()),
             tuple(
                 float(1 - squared / total) if total > 0 else None
-                for squared, total in zip(self._sums["squared"], spread, strict=True)
+                for squared, total in zip(self._squared, self._spread.total, strict=True)
             ),
         )
+
+
+class Spread:
+    """`total` (columns,): the squared distances of all `rows` from their mean, added up.
+
+    Batches are merged by the rule of Chan, Golub and LeVeque (1979). All is counted from the first
+    row, so that a column of equal numbers has exactly 0, and not what rounding leaves of them.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.rows, self.total = 0, np.zeros(width)
+        self._first, self._mean = np.zeros(width), np.zeros(width)
+
+    def add(self, values: npt.NDArray[np.float64]) -> None:
+        if not len(values):
+            return
+        if not self.rows:
+            self._first = values[0]
+        moved = values - self._first
+        mean, rows = moved.mean(axis=0), self.rows + len(values)
+        step = mean - self._mean
+        self.total += ((moved - mean) ** 2).sum(axis=0) + step**2 * self.rows * len(values) / rows
+        self._mean += step * len(values) / rows
+        self.rows = rows
 
 
 # --- Tokens --------------------------------------------------------------------------------------
