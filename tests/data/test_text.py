@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -21,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from heliostat.data import text
 from heliostat.data.encoding import encode, encode_targets
@@ -146,6 +148,44 @@ def test_equal_texts_give_an_equal_tokenizer_in_whatever_order_they_come() -> No
     assert learn_tokenizer(LINES, 400) == WRITTEN == learn_tokenizer(reversed(LINES), 400)
     assert learn_tokenizer(LINES[1:], 400) != WRITTEN
     assert (VOCABULARY.size, VOCABULARY.token_bytes[VOCABULARY.end]) == (400, 0)
+
+
+RUNS = st.tuples(
+    st.sampled_from(["a", "7", "-", " ", "\n", "字", "🙂", "na 7."]), st.integers(1, 4000)
+)
+
+
+@given(st.lists(RUNS, min_size=1, max_size=5), st.text(max_size=9))
+def test_runs_of_whatever_length_come_back_from_their_tokens(
+    runs: list[tuple[str, int]], rest: str
+) -> None:
+    document = rest.join(letter * count for letter, count in runs)
+    (ids,) = encode_texts(TOKENIZER, [document])
+    assert decode(ids.tolist(), TOKENIZER) == document
+
+
+@pytest.mark.parametrize("letters", ["acgt", "a", " ", "7", "-"])
+def test_a_text_without_a_gap_is_learned_in_the_time_of_another_of_its_length(letters: str) -> None:
+    document = "".join(random.Random(0).choices(letters, k=200_000))
+    began = time.process_time()
+    tokenizer = parse_tokenizer(learn_tokenizer([document], 1000), "x")
+    (ids,) = encode_texts(tokenizer, [document])
+    assert time.process_time() - began < 5
+    assert decode(ids.tolist(), tokenizer) == document
+
+
+def test_words_of_ordinary_length_are_those_of_a_byte_level_bpe_elsewhere() -> None:
+    parts = TOKENIZER.pre_tokenizer
+    usual = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for document in (
+        *LINES,
+        "It's 7's,\n\n  'tis we'll   \t!!?  字字",
+        "x" * 999 + " " * 999 + "y",
+    ):
+        assert parts.pre_tokenize_str(document) == usual.pre_tokenize_str(document)
+    file = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(WRITTEN.decode()))
+    long = "ab" * 5000 + LINES[7]
+    assert file(long)["input_ids"] == encode_texts(TOKENIZER, [long])[0].tolist()
 
 
 @given(DOCUMENTS, st.integers(3, 9), ENDS)

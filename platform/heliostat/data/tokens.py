@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store, connect, join
@@ -21,6 +21,13 @@ END = "<|end|>"
 # What others call the token that ends a document, where no tokenizer_config.json says it.
 OTHER_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 MIN_FREQUENCY = 2
+# The words of a byte-level BPE as GPT-2 has them, but none without end: the time that merges take
+# grows with the square of a word, and a sequence of bases or a text without blanks is one.
+MAX_WORD = 1024
+WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d"
+    r"| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}"
+).replace("{1,N}", f"{{1,{MAX_WORD}}}")
 MAX_TOKENS = 2**22  # ten times as many as the largest vocabularies have
 CHARACTERS_PER_CALL = 2**21  # the tokenizer needs some 120 bytes for each
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -59,7 +66,12 @@ class Token:
 def learn_tokenizer(texts: Iterable[str], size: int) -> bytes:
     """A byte-level BPE of at most `size` tokens as tokenizer.json; equal texts, equal bytes."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
