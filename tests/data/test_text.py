@@ -36,7 +36,7 @@ from heliostat.data.features import (
 from heliostat.data.instances import FieldError, parse_instances
 from heliostat.data.manifest import load_manifest
 from heliostat.data.measure import measure, settle_features, unigram_nats
-from heliostat.data.prepare import prepare, require_prepared, summarise
+from heliostat.data.prepare import _fingerprint, prepare, require_prepared, summarise
 from heliostat.data.raw import TextLayout, find_source
 from heliostat.data.shards import order_of, read_group, split_at, split_of, to_columns, write_shard
 from heliostat.data.tokens import (
@@ -577,6 +577,24 @@ def test_the_tokenizer_of_another_marks_cuts_and_ends_as_its_files_say(tmp_path:
     assert encode_texts(tokenizer, [" "])[0].tolist() == [0]
     (tmp_path / "tokenizer_config.json").unlink()
     assert text.read_vocabulary(str(tmp_path))[1].end == 2
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"eos_token": "a"}, {"vocab_size": 500}, {"chat_template": "{{ messages }}"}],
+)
+def test_what_is_said_beside_a_tokenizer_is_part_of_what_was_prepared(
+    source: Source, tmp_path: Path, beside: dict[str, Any]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(WRITTEN)
+    section = {"source": str(source(poems(3))), "text": {"tokenizer": str(tmp_path)}}
+    data = DataSpec.model_validate(section)
+    found = find_source(data)
+    before = _fingerprint(found, data)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 5}')
+    assert _fingerprint(found, data) == before
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    assert _fingerprint(found, data) != before
 
 
 def test_models_of_several_lengths_share_a_tokenizer() -> None:

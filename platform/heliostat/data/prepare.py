@@ -5,7 +5,7 @@ reads and cleans the rows, sorts them by a hash of their ids and writes a shard 
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from heliostat.data import text
@@ -130,7 +130,7 @@ def _fingerprint(source: Source, data: DataSpec) -> str:
     if len(ids := [name for name, kind in data.columns.items() if kind == "id"]) > 1:
         parts.append(ids)  # the first is the user
     if source.form == "text" and data.text.tokenizer:
-        parts.append(text.read_vocabulary(data.text.tokenizer)[1].sha256)
+        parts.append(asdict(text.read_vocabulary(data.text.tokenizer)[1]))
     return digest(parts)
 
 
