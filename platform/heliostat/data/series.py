@@ -177,6 +177,8 @@ def _parse_case(texts: list[str], channels: int) -> tuple[NDArray[np.float32], s
     nothing = np.empty((0, channels), np.float32)
     if len(texts) != channels:
         return nothing, f"{len(texts)} channels instead of {channels}"
+    if any("_" in text for text in texts):  # which numpy takes for nothing
+        return nothing, "a value is not a number"
     try:
         parsed = [np.array(text.replace("?", "nan").split(","), np.float64) for text in texts]
     except ValueError:
