@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -45,6 +45,7 @@ from heliostat.data.tokens import (
     describe_tokenizer,
     encode_texts,
     find_targets,
+    guard_end,
     learn_tokenizer,
     load_tokenizer,
     locate_tokens,
@@ -351,6 +352,18 @@ def test_a_text_of_a_class_that_is_too_long_is_a_bad_row(read: Read) -> None:
     assert rows["problem"].to_pylist() == [text.TOO_LONG, None]
 
 
+@pytest.mark.parametrize("code", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("lines", [3, 3000])
+def test_no_part_of_a_text_of_another_code_is_learned(read: Read, code: str, lines: int) -> None:
+    files = {"a.txt": "".join(f"Rose {i}\n" for i in range(lines)).encode(code), "b.txt": b"Ode\0"}
+    _, rows = read(files)
+    good = [
+        row for row, bad in zip(*rows.select(["id", "problem"]), strict=True) if not bad.as_py()
+    ]
+    assert [row.as_py() for row in good] == ["b.txt"]
+    assert all("save it as UTF-8" in bad for bad in rows["problem"].to_pylist() if bad)
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60)), st.integers(5, 40))
 def test_pieces_are_all_of_a_file_and_cut_no_character_and_no_line_that_is_short(
     lines: list[str], piece_bytes: int
@@ -395,15 +408,36 @@ def test_where_nothing_is_left_to_train_on_it_is_said_what_is_wrong(
         prepare_here(LocalStore(str(tmp_path)), source=folder, split={"validation": 0, "test": 0})
 
 
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"a.txt": b"Ode", "t.csv": b"text\none\n"}, "texts such as a.txt beside tables such as t"),
+        ({"a.json": b'["Ode"]'}, r"a.json is not read: .* \.jsonl"),
+        ({"b.jsonl.zst": b"x"}, "b.jsonl.zst is not read: unpack it"),
+    ],
+)
+def test_what_would_be_left_out_or_learned_as_what_it_is_not_is_refused(
+    read: Read, files: dict[str, bytes], sentence: str
+) -> None:
+    with pytest.raises(HeliostatError, match=sentence):
+        read(files, format="text")
+
+
+def test_lines_of_json_have_two_suffixes(read: Read) -> None:
+    line = b'{"text": "Ode"}\n'
+    _, rows = read({"a.jsonl": line, "b.NDJSON": line, "c.ndjson.gz": gzip.compress(line)})
+    assert rows["text"].to_pylist() == ["Ode"] * 3
+
+
 def test_a_readme_beside_tables_of_texts_is_none_of_them(read: Read) -> None:
     _, rows = read({"README.md": b"Data", "t.csv": b"text\none\ntwo\n"}, format="text")
     assert rows["text"].to_pylist() == ["one", "two"]
 
 
 def test_what_is_left_out_beside_texts_is_told_by_kind(source: Source) -> None:
-    files = {"a.txt": b"a", "b.jsonl": b"", "t.csv": b"text\none\n", "u.TSV": b"text\ntwo\n"}
+    files = {"a.md": b"a", "LICENSE.txt": b"", "t.csv": b"text\none\n", "u.TSV": b"text\ntwo\n"}
     reason = find_source(DataSpec(source=str(source(files)), format="text")).reason
-    assert reason == "as data.format says; left out: 1 *.txt, 1 *.jsonl"
+    assert reason == "as data.format says; left out: 1 *.txt, 1 *.md"
 
 
 def test_numbers_in_lines_of_json_are_no_table(source: Source, tmp_path: Path) -> None:
@@ -581,12 +615,14 @@ def test_the_tokenizer_of_another_marks_cuts_and_ends_as_its_files_say(tmp_path:
 
 @pytest.mark.parametrize(
     "beside",
-    [{"eos_token": "a"}, {"vocab_size": 500}, {"chat_template": "{{ messages }}"}],
+    [{"eos_token": "<stop>"}, {"vocab_size": 500}, {"chat_template": "{{ messages }}"}],
 )
 def test_what_is_said_beside_a_tokenizer_is_part_of_what_was_prepared(
     source: Source, tmp_path: Path, beside: dict[str, Any]
 ) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(WRITTEN)
+    two_ends = Tokenizer.from_str(WRITTEN.decode())
+    two_ends.add_special_tokens(["<stop>"])
+    two_ends.save(str(tmp_path / "tokenizer.json"))
     section = {"source": str(source(poems(3))), "text": {"tokenizer": str(tmp_path)}}
     data = DataSpec.model_validate(section)
     found = find_source(data)
@@ -624,6 +660,23 @@ def test_special_tokens_that_the_weights_have_no_row_for_are_not_counted() -> No
     assert describe_tokenizer(written, rows | {"eos_token": "<pad>"}, "x").size > VOCABULARY.size
     padded.add_tokens(["a word of its own"])
     assert describe_tokenizer(padded.to_str().encode(), rows, "x").size == VOCABULARY.size + 2
+
+
+def test_a_document_that_spells_the_end_does_not_end_itself() -> None:
+    plain = Tokenizer.from_str(WRITTEN.decode())
+    plain.add_tokens([AddedToken("<|eot|>", special=False)])
+    written, beside = plain.to_str().encode(), {"eos_token": "<|eot|>"}
+    end = describe_tokenizer(written, beside, "x").end
+    assert end in parse_tokenizer(written, "x").encode("one<|eot|>two").ids
+    guarded = parse_tokenizer(guard_end(written, beside, "x"), "x")
+    (ids,) = encode_texts(guarded, ["one<|eot|>two"])
+    assert end not in ids
+    assert guarded.decode(ids.tolist()) == "one<|eot|>two"
+    assert guarded.get_vocab() == plain.get_vocab()
+    assert guard_end(WRITTEN, {}, "x") == WRITTEN
+    words = Tokenizer(models.WordLevel({"</s>": 0, "one": 1, "?": 2}, unk_token="?"))
+    with pytest.raises(HeliostatError, match="'</s>', which ends a document, of a text"):
+        guard_end(words.to_str().encode(), {}, "x")
 
 
 def test_weights_of_another_tokenizer_of_the_same_size_are_refused(tmp_path: Path) -> None:

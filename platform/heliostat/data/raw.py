@@ -27,9 +27,10 @@ SUFFIXES = {
     "idx": re.compile(r"idx\d-ubyte(\.gz)?$", re.IGNORECASE),
     "csv": re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE),
     "parquet": re.compile(r"\.(parquet|pq)$", re.IGNORECASE),
-    "text": re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE),
+    "text": re.compile(r"\.(txt|md|jsonl|ndjson)(\.gz)?$", re.IGNORECASE),
     "series": re.compile(r"\.ts$", re.IGNORECASE),
 }
+ABOUT = re.compile(r"(^|/)(readme|licen[cs]e|notice|citation|changelog)[^/]*$|\.md$", re.IGNORECASE)
 FILES_PER_UNIT = 1024
 UNIT_BYTES = 32 * 1024 * 1024
 SURROGATES = re.compile(r"[\ud800-\udfff]")
@@ -196,7 +197,8 @@ def find_source(data: DataSpec) -> Source:
     by_form = {form: _matching(visible, pattern) for form, pattern in SUFFIXES.items()}
     form, reason = _choose_form(data, store.uri, visible, by_form)
     if form == "text" and (tables := by_form["csv"] + by_form["parquet"]):
-        by_form["text"] = tables  # a readme beside the data
+        _refuse_mixture(store.uri, by_form["text"], tables)
+        by_form["text"] = tables
     kept = by_form[form] or visible
     _check_test_files(data.split, kept, store.uri)
     reason += _describe_rest(visible, kept)
@@ -356,6 +358,15 @@ def _is_hidden(key: str) -> bool:
 
 def _matching(entries: list[Entry], pattern: re.Pattern[str]) -> list[Entry]:
     return [entry for entry in entries if pattern.search(entry.key)]
+
+
+def _refuse_mixture(uri: str, texts: list[Entry], tables: list[Entry]) -> None:
+    """A readme may lie beside tables of texts; other texts would be left out, or twice there."""
+    if others := [entry.key for entry in texts if not ABOUT.search(entry.key)]:
+        raise HeliostatError(
+            f"{uri} holds texts such as {others[0]} beside tables such as {tables[0].key}: give "
+            "either a folder of its own, and data.source that folder"
+        )
 
 
 def _choose_form(

@@ -1,5 +1,6 @@
 """Texts as raw data: a file a document, or a document per line of JSON or row of a table."""
 
+import codecs
 import gzip
 import io
 import json
@@ -42,6 +43,7 @@ from heliostat.data.tokens import (
     describe_tokenizer,
     encode_texts,
     find_targets,
+    guard_end,
     learn_tokenizer,
     load_tokenizer,
     pack,
@@ -66,8 +68,18 @@ TABLE_ROWS = 256
 MAX_TOLD = 3
 MAX_LISTED = 20
 MAX_NAMES = 200  # characters
-LINES = (".jsonl", ".jsonl.gz")
+LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+OTHERS = {  # what names say that no text here is
+    ".json": "write each text as a line of JSON in a .jsonl file",
+    ".json.gz": "write each text as a line of JSON in a .jsonl file",
+    ".zst": "unpack it, or pack it with gzip",
+    ".bz2": "unpack it, or pack it with gzip",
+    ".xz": "unpack it, or pack it with gzip",
+    ".zip": "unpack it, or pack it with gzip",
+}
 PARQUET_SUFFIXES = (".parquet", ".pq")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MAX_ZEROS = 0.25
 TABLES = (*PARQUET_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 NO_TEXT = "no text in the field"
 GZIP = b"\x1f\x8b"
@@ -202,6 +214,10 @@ def _label(data: DataSpec) -> str | None:
 
 
 def _split(source: Source) -> list[Unit]:
+    for entry in source.entries:
+        for suffix, advice in OTHERS.items():
+            if entry.key.lower().endswith(suffix):
+                raise HeliostatError(f"{source.store.uri}/{entry.key} is not read: {advice}")
     cut_bytes = _cut_bytes(source)
     return [{**unit, "cut_bytes": cut_bytes} for unit in group_files(source)]
 
@@ -362,11 +378,13 @@ def _count_whole(piece: bytes) -> int:
 
 
 def _decode(data: bytes) -> tuple[str | None, str | None]:
-    """The text, or what is wrong with it."""
+    """The text, or what is wrong with it; one of two bytes a letter is told by its zeros."""
+    if data.startswith(UTF_16) or data.count(0) > MAX_ZEROS * len(data):
+        return None, "UTF-16 text, or no text at all: save it as UTF-8"
     try:
         return data.decode("utf-8-sig"), None
     except UnicodeDecodeError as error:
-        return None, f"not UTF-8 text: {error.reason}"
+        return None, f"not UTF-8 text: {error.reason}: save it as UTF-8"
 
 
 def _unpack(data: bytes) -> tuple[str | None, str | None]:
@@ -512,10 +530,11 @@ def learn_vocabulary(found: list[Found], layout: TextLayout, data: DataSpec) -> 
         texts.append(text)
     if not texts:
         problems = list(chain.from_iterable(part["problems"] for part in found))[:MAX_TOLD]
+        what = f"no text under {data.source} can be used for training"
+        if problems:
+            raise HeliostatError(f"{what} ({'; '.join(problems)}): mend these, or give other texts")
         raise HeliostatError(
-            f"no text under {data.source} can be used for training"
-            + (f" ({'; '.join(problems)})" if problems else "")
-            + ": give more texts, or lower data.split.validation and data.split.test"
+            f"{what}: give more texts, or lower data.split.validation and data.split.test"
         )
     written = learn_tokenizer(texts, data.text.vocab)
     vocabulary = describe_tokenizer(written, {}, "the tokenizer")
@@ -532,7 +551,8 @@ def read_vocabulary(uri: str) -> Learned:
     Raises:
         HeliostatError: there is none, or none that a document can be ended with.
     """
-    written, beside = read_tokenizer(uri)
+    given, beside = read_tokenizer(uri)
+    written = guard_end(given, beside, uri)
     vocabulary = describe_tokenizer(written, beside, uri)
     reason = f"as data.text.tokenizer is {uri}; {vocabulary.end} ends a document"
     return written, vocabulary, f"vocabulary of {vocabulary.size:,} tokens - {reason}"

@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
 
 from heliostat.errors import HeliostatError
 from heliostat.storage import Missing, Store, connect, join
@@ -121,6 +130,33 @@ def read_tokenizer(uri: str) -> tuple[bytes, dict[str, Any]]:
             f"data.text.tokenizer: there is no {name} in {store.uri}: name a tokenizer.json or the "
             "folder that holds one"
         ) from error
+
+
+def guard_end(data: bytes, beside: dict[str, Any], origin: str) -> bytes:
+    """A tokenizer.json in which no text becomes the token that ends a document by spelling it.
+
+    Raises:
+        HeliostatError: as `describe_tokenizer`, or its model itself makes that token of a text.
+    """
+    end = _find_end(parse_tokenizer(data, origin).get_vocab(True), beside, origin)
+    if not _is_spelled(data, end, origin):
+        return data
+    tokenizer = Tokenizer.from_buffer(data)
+    name = tokenizer.id_to_token(end)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    guarded: str = tokenizer.to_str()
+    if _is_spelled(guarded.encode(), end, origin):
+        raise HeliostatError(
+            f"{origin} makes {name!r}, which ends a document, of a text that spells it: name a "
+            "token as eos_token in a tokenizer_config.json beside it that no text becomes"
+        )
+    return guarded.encode()
+
+
+def _is_spelled(data: bytes, token: int, origin: str) -> bool:
+    tokenizer = parse_tokenizer(data, origin)
+    spelled = tokenizer.encode(tokenizer.id_to_token(token), add_special_tokens=False)
+    return token in spelled.ids
 
 
 def describe_tokenizer(data: bytes, beside: dict[str, Any], origin: str) -> Vocabulary:
