@@ -13,6 +13,7 @@ from heliostat.data import features
 from heliostat.data.tokens import read_stored
 from heliostat.errors import HeliostatError
 from heliostat.models import gpt, pretrained
+from heliostat.origin import CONFIG, WEIGHTS
 from heliostat.registry import Version
 from heliostat.signature import Blocks
 from heliostat.spec import GptSpec
@@ -61,11 +62,11 @@ def to_hf_files(
     }
     dtype = str(weights["embed.weight"].dtype).removeprefix("torch.")
     return {
-        pretrained.WEIGHTS: tensors,
+        WEIGHTS: tensors,
         pretrained.TOKENIZER: tokenizer,
         "tokenizer_config.json": _to_json(tokenizer_config),
         "special_tokens_map.json": _to_json({"eos_token": end}),
-        pretrained.CONFIG: _to_json(_describe(model, blocks) | {"dtype": dtype}),
+        CONFIG: _to_json(_describe(model, blocks) | {"dtype": dtype}),
     }
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from heliostat.errors import HeliostatError
 from heliostat.models import encoder, gpt
+from heliostat.origin import CONFIG, find_weights, read_object
 from heliostat.signature import Blocks, Signature, Text
 from heliostat.spec import EncoderSpec, GptSpec, ModelSpec
 from heliostat.storage import Store, connect
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 SHOWN = 3
 
@@ -71,18 +71,14 @@ def load_pretrained(network: nn.Module, spec: ModelSpec, signature: Signature) -
             for another model section; the sentence says what to write.
     """
     assert spec.init is not None
-    place, _, name = spec.init.rpartition("/")
-    if name.endswith(".safetensors"):
-        _load(network, _parse(connect(place or "."), name), spec.init)
-        return
     store = connect(spec.init)
-    if store.stat(CONFIG) is None:
-        _load(network, _read_tensors(store), spec.init)
+    if spec.init.endswith(".safetensors") or store.stat(CONFIG) is None:
+        _load(network, _read_tensors(spec.init), spec.init)
         return
-    config = _read_json(store, CONFIG)
+    config = read_object(store, CONFIG)
     refuse_other_config(spec, config, spec.init)
     _refuse_other_vocabulary(signature, config, spec.init)
-    tensors = from_hf(spec, _read_tensors(store), spec.init)
+    tensors = from_hf(spec, _read_tensors(spec.init), spec.init)
     _load(network, network.state_dict() | tensors, spec.init)
 
 
@@ -261,25 +257,9 @@ def _resolve(spec: ModelSpec) -> dict[str, Any]:
     return values
 
 
-def _read_tensors(store: Store) -> Tensors:
-    """All tensors of a directory: of one file, or of the files that an index names."""
-    if store.stat(INDEX) is not None:
-        files = _list_files(store)
-    elif store.stat(WEIGHTS) is not None:
-        files = [WEIGHTS]
-    else:
-        raise HeliostatError(
-            f"{store.uri} has neither {WEIGHTS} nor {INDEX}: model.init is a directory with one "
-            "of them, or one .safetensors file"
-        )
+def _read_tensors(origin: str) -> Tensors:
+    store, files = find_weights(origin)
     return {name: value for file in files for name, value in _parse(store, file).items()}
-
-
-def _list_files(store: Store) -> list[str]:
-    places = _read_json(store, INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise HeliostatError(f"{store.uri}/{INDEX} has no weight_map of names to files")
-    return sorted(set(places.values()))
 
 
 def _join(names: Sequence[str], tensors: Mapping[str, Tensor], origin: str) -> Tensor:
@@ -297,16 +277,6 @@ def _parse(store: Store, key: str) -> Tensors:
         return safetensors.torch.load(store.read(key))
     except safetensors.SafetensorError as error:
         raise HeliostatError(f"{store.uri}/{key} is not a safetensors file: {error}") from error
-
-
-def _read_json(store: Store, key: str) -> dict[str, Any]:
-    try:
-        document = json.loads(store.read(key))
-    except ValueError as error:
-        raise HeliostatError(f"{store.uri}/{key} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise HeliostatError(f"{store.uri}/{key} is not a JSON object")
-    return document
 
 
 def _load(network: nn.Module, tensors: Tensors, origin: str) -> None:

@@ -7,7 +7,11 @@ from heliostat.spec import RunSpec
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker of a run is told; `submission` names the try that they belong to."""
+    """What every worker of a run is told; `submission` names the try that they belong to.
+
+    `weights` is the digest of those at `model.init`, for the driver and its workers may be on
+    machines with other directories.
+    """
 
     spec: RunSpec
     data_name: str
@@ -15,6 +19,7 @@ class Job:
     run: str
     steps: int
     submission: str
+    weights: str | None = None
 
     @property
     def reader(self) -> str:

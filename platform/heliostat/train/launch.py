@@ -20,6 +20,7 @@ from heliostat.data.order import Order
 from heliostat.data.waiting import say_if_waiting
 from heliostat.environment import TRAIN, check_cpus
 from heliostat.errors import HeliostatError
+from heliostat.origin import digest_weights
 from heliostat.queue import Amount
 from heliostat.spec import RunSpec
 from heliostat.storage import Missing, Store
@@ -30,7 +31,7 @@ from heliostat.train.allotment import allot, find_allotment, forget
 from heliostat.train.avoided import select_others, sum_resources
 from heliostat.train.checkpoint import Corrupt
 from heliostat.train.failures import Failures
-from heliostat.train.identity import identify, register
+from heliostat.train.identity import describe, identify, register
 from heliostat.train.job import Ended, Job, failure_key, result_key
 from heliostat.train.scoring import Scorer
 from heliostat.train.trainer import MeetingConfig, Trainer, find_scratch
@@ -65,13 +66,15 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
             read, the loss diverged, or the workers failed too often.
     """
     store = storage.connect(run.root)
-    name = identify(run, manifest)
+    weights = digest_weights(run.model.init) if run.model.init else None
+    described = describe(run, manifest, weights)
+    name = identify(store, run, described)
     order = stream.plan(manifest, "train", run.train.global_batch, run.train.seed)
     steps = count_steps(run, order)
     ray.init(ignore_reinit_error=True)
     submission = ray.get_runtime_context().get_job_id()
     with lease.hold(store, name, job=submission):
-        register(store, name, run, manifest)
+        register(store, name, run, described)
         scorer = Scorer(run, manifest, name) if run.train.validate_async else None
         if (done := _finished(store, name, steps, scorer)) is not None:
             print(f"run {name} has ended at step {done.step:,} before", flush=True)
@@ -86,7 +89,15 @@ def train(run: RunSpec, manifest: Manifest) -> Result:
         with line_up(store, run, name) as turn, look_ahead(run, manifest, store) as ahead:
             read_bytes = None
             while read_bytes is None:
-                job = Job(run, manifest.name, manifest.version, name, steps, secrets.token_hex(8))
+                job = Job(
+                    run,
+                    manifest.name,
+                    manifest.version,
+                    name,
+                    steps,
+                    submission=secrets.token_hex(8),
+                    weights=weights,
+                )
                 allot(job, turn.wait())
                 if not pools.find_pool("training"):
                     say_if_waiting(_count_cpus(run))

@@ -142,7 +142,7 @@ class _Worker:
         )
         fence = raise_fence(self._store, job.run) if self._is_first else None
         earlier = goodput.load_attempts(self._store, job.run) if self._is_first else []
-        self._described = to_extra(job.spec, self._manifest)
+        self._described = to_extra(job.spec, self._manifest, job.weights)
         self._ledger = Ledger(job.submission, earlier, place.waited)
         self._cadence = Cadence(self._train.checkpoint_steps, earlier)
         self._parallel, self._state, self._average = self._build()
