@@ -21,10 +21,10 @@ def find_weights(init: str) -> tuple[Store, list[str]]:
     if name.endswith(".safetensors"):
         return connect(place or "."), [name]
     store = connect(init)
+    if store.stat(WEIGHTS) is not None:  # transformers reads it before the index beside it
+        return store, [WEIGHTS]
     if store.stat(INDEX) is not None:
         return store, _list_files(store)
-    if store.stat(WEIGHTS) is not None:
-        return store, [WEIGHTS]
     raise Missing(
         f"{store.uri} has neither {WEIGHTS} nor {INDEX}: model.init is a directory with one of "
         "them, or one .safetensors file"

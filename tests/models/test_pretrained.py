@@ -100,6 +100,18 @@ def test_a_llama_gives_the_logits_of_transformers(
 
 
 @torch.inference_mode()
+def test_one_file_is_read_before_the_shards_that_an_older_save_left(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    save_llama(tmp_path, sharded=True)
+    llama = save_llama(tmp_path / "newer", initializer_range=0.5)
+    os.rename(tmp_path / "newer" / "model.safetensors", tmp_path / "model.safetensors")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)(sample_tokens()).logits
+    assert torch.equal(theirs, llama(sample_tokens()).logits)
+    assert (load(tmp_path)(sample_tokens()) - theirs).abs().max() < 1e-4
+
+
+@torch.inference_mode()
 def test_half_precision_is_read_into_float32(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
