@@ -1,6 +1,7 @@
 """What leaves for transformers gives the same there, and comes back bit for bit."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from drafting import draft
 from heliostat import export, registry, storage
 from heliostat.data import features
+from heliostat.data.tokens import describe_tokenizer, read_tokenizer
 from heliostat.errors import HeliostatError
 from heliostat.models import build
 from heliostat.models.pretrained import load_pretrained
@@ -90,6 +92,30 @@ def test_transformers_reads_texts_alike_and_stops_at_the_end(tmp_path: Path) -> 
         assert theirs.decode(theirs(text)["input_ids"]) == text
     assert theirs.eos_token_id == BLOCKS.end
     assert LlamaForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == BLOCKS.end
+
+
+def test_transformers_writes_a_chat_as_where_the_template_came_from(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = "\n{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    before, after = tmp_path / "before", tmp_path / "after"
+    for folder in (before, after):
+        folder.mkdir()
+        write(SPECS["tied"], build_loud(SPECS["tied"]).state_dict(), folder)
+    told = json.loads((before / "tokenizer_config.json").read_text())
+    told |= {"chat_template": template, "bos_token": END}
+    (before / "tokenizer_config.json").write_text(json.dumps(told))
+    data, beside = read_tokenizer(str(before))
+    kept = describe_tokenizer(data, beside, "before").chat_template
+    weights = build_loud(SPECS["tied"]).state_dict()
+    for name, file in export.to_hf_files(SPECS["tied"], BLOCKS, weights, data, kept).items():
+        (after / name).write_bytes(file)
+    chat = [{"role": "user", "content": "rays?"}]
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False)
+        for folder in (before, after)
+    )
+    assert ours == theirs == f"\n{END}user: rays?\n"
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

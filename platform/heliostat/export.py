@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heliostat import registry, spec
 from heliostat.data import features
+from heliostat.data.features import BlockFeatures
 from heliostat.data.tokens import read_stored
 from heliostat.errors import HeliostatError
 from heliostat.models import gpt, pretrained
@@ -34,20 +35,28 @@ def export_hf(store: Store, version: Version, target: Store) -> list[str]:
         raise HeliostatError(
             f"{version.ref} is of kind {model.kind}: --to hf takes versions of kind gpt"
         )
-    blocks = features.input_of(features.features_from_json(version.features))
+    known = features.features_from_json(version.features)
+    blocks = features.input_of(known)
+    assert isinstance(known, BlockFeatures)
     assert isinstance(blocks, Blocks)
     tokenizer = read_stored(store, version.features["tokenizer"])
     weights = safetensors.torch.load(registry.load_weights(store, version))
-    files = to_hf_files(model, blocks, weights, tokenizer)
+    files = to_hf_files(model, blocks, weights, tokenizer, known.chat_template)
     for key, data in files.items():
         target.write(key, data)
     return list(files)
 
 
 def to_hf_files(
-    model: GptSpec, blocks: Blocks, weights: Mapping[str, Tensor], tokenizer: bytes
+    model: GptSpec,
+    blocks: Blocks,
+    weights: Mapping[str, Tensor],
+    tokenizer: bytes,
+    chat_template: str = "",
 ) -> dict[str, bytes]:
     """The files of a LlamaForCausalLM directory by name; `tokenizer` is a tokenizer.json.
+
+    A `chat_template`, if there is one, sets the beginning token that it names itself.
 
     The config.json comes last: a directory that has one is complete.
     """
@@ -59,7 +68,7 @@ def to_hf_files(
         "eos_token": end,
         "model_max_length": blocks.length,
         "clean_up_tokenization_spaces": False,
-    }
+    } | ({"chat_template": chat_template} if chat_template else {})
     dtype = str(weights["embed.weight"].dtype).removeprefix("torch.")
     return {
         WEIGHTS: tensors,

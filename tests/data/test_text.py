@@ -650,6 +650,31 @@ def test_tokens_of_words_with_a_mark_for_the_blank_count_their_bytes() -> None:
     assert (vocabulary.end, vocabulary.token_bytes) == (0, (0, 4, 1, 2, 1))
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": {"eos_token_id": 300}},
+        {"generation_config.json": {"eos_token_id": [300, 0]}, "config.json": {"eos_token_id": 0}},
+        {"special_tokens_map.json": {"eos_token": "<stop>"}, "config.json": {"eos_token_id": 0}},
+        {
+            "tokenizer_config.json": {"eos_token": {"content": "<stop>"}},
+            "special_tokens_map.json": {"eos_token": END},
+        },
+    ],
+)
+def test_the_end_is_named_by_any_file_beside_a_tokenizer(
+    tmp_path: Path, files: dict[str, Any]
+) -> None:
+    two_ends = Tokenizer.from_str(WRITTEN.decode())
+    two_ends.add_special_tokens(["<stop>"])
+    stop = two_ends.token_to_id("<stop>")
+    two_ends.save(str(tmp_path / "tokenizer.json"))
+    for name, told in files.items():
+        (tmp_path / name).write_text(json.dumps(told).replace("300", str(stop)))
+    data, beside = read_tokenizer(str(tmp_path))
+    assert describe_tokenizer(data, beside, "x").end == stop
+
+
 def test_special_tokens_that_the_weights_have_no_row_for_are_not_counted() -> None:
     padded = Tokenizer.from_str(WRITTEN.decode())
     padded.add_special_tokens(["<pad>"])

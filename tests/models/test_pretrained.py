@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor, nn
 
 from heliostat.errors import HeliostatError
 from heliostat.models import build
-from heliostat.models.pretrained import describe_hf, load_pretrained
+from heliostat.models.pretrained import describe_hf, from_hf, hf_names, load_pretrained
 from heliostat.signature import Blocks, Classes, NextToken, Signature, Text
 from heliostat.spec import EncoderSpec, GptSpec, MlpSpec
 
@@ -254,6 +256,72 @@ def test_what_holds_no_weights_is_refused(
     spec = GptSpec(kind="gpt", init=str(tmp_path))
     with pytest.raises(HeliostatError, match=sentence):
         load_pretrained(build(spec, BLOCKS), spec, BLOCKS)
+
+
+@torch.inference_mode()
+def test_a_llama_without_its_head_is_read_where_it_needs_none(tmp_path: Path) -> None:
+    llama = save_llama(tmp_path, tie_word_embeddings=True)
+    llama.model.save_pretrained(tmp_path)
+    theirs = llama(sample_tokens()).logits
+    assert (load(tmp_path)(sample_tokens()) - theirs).abs().max() < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("at_the_top", [True, False])
+def test_positions_before_stretching_stand_where_transformers_finds_them(
+    tmp_path: Path, at_the_top: bool
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    save_llama(tmp_path, rope_parameters=LLAMA3)
+    config = read_config(tmp_path)
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    if at_the_top:
+        config["original_max_position_embeddings"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)(sample_tokens()).logits
+    assert (load(tmp_path)(sample_tokens()) - theirs).abs().max() < 1e-4
+
+
+def test_the_names_of_old_checkpoints_of_bert_are_known() -> None:
+    spec = EncoderSpec(kind="encoder", layers=1, width=8, heads=2)
+    names = [name for theirs in hf_names(spec).values() for name in theirs]
+    today = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    endings = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {}
+    for name, tensor in today.items():
+        ending = next((one for one in endings if name.endswith(one)), "")
+        old[f"bert.{name.removesuffix(ending)}{endings.get(ending, '')}"] = tensor
+    assert old.keys() != today.keys()
+    ours, theirs = from_hf(spec, old, "x"), from_hf(spec, today, "x")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_file_of_a_hugging_face_folder_is_told_to_be_one(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    spec = GptSpec(**describe_hf(read_config(tmp_path)), init=f"{tmp_path}/model.safetensors")
+    with pytest.raises(HeliostatError, match=r"Hugging Face's names: name the folder"):
+        load_pretrained(build(spec, BLOCKS), spec, BLOCKS)
+
+
+def test_a_type_that_torch_has_not_is_named(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
+    file = tmp_path / "odd.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    spec = MlpSpec(kind="mlp", init=str(file))
+    with pytest.raises(HeliostatError, match="has tensors of type F8_E8M0, which are not read"):
+        load_pretrained(nn.Linear(2, 2), spec, BLOCKS)
+
+
+def test_the_keys_to_set_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    save_llama(tmp_path, rope_parameters=LLAMA3)
+    described = describe_hf(read_config(tmp_path))
+    spec = GptSpec(**described | {"rope_scaling": None, "init": str(tmp_path)})
+    with pytest.raises(HeliostatError) as refusal:
+        load_pretrained(build(spec, BLOCKS), spec, BLOCKS)
+    (word,) = shlex.split(str(refusal.value).partition(" set ")[2])
+    assert yaml.safe_load(word.removeprefix("model.rope_scaling=")) == described["rope_scaling"]
 
 
 def test_a_family_without_such_weights_is_told_which_it_takes(tmp_path: Path) -> None:

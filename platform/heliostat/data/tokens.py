@@ -29,6 +29,13 @@ from heliostat.storage import Missing, Store, connect, join
 END = "<|end|>"
 # What others call the token that ends a document, where no tokenizer_config.json says it.
 OTHER_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+# What says more of a tokenizer.json, the later the sooner believed.
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 MIN_FREQUENCY = 2
 # The words of a byte-level BPE as GPT-2 has them, but none without end: the time that merges take
 # grows with the square of a word, and a sequence of bases or a text without blanks is one.
@@ -120,7 +127,9 @@ def read_tokenizer(uri: str) -> tuple[bytes, dict[str, Any]]:
     """
     folder, _, name = uri.rpartition("/") if uri.endswith(".json") else (uri, "", "tokenizer.json")
     store = connect(folder or ".")
-    beside = _read_object(store, "config.json") | _read_object(store, "tokenizer_config.json")
+    beside: dict[str, Any] = {}
+    for file in BESIDE:
+        beside |= _read_object(store, file)
     with suppress(Missing, ValueError):
         beside["chat_template"] = store.read("chat_template.jinja").decode()
     try:
@@ -353,7 +362,8 @@ def _find_template(beside: dict[str, Any]) -> str:
         return ""
     begin = beside.get("bos_token")
     begin = begin.get("content") if isinstance(begin, dict) else begin
-    return f"{{% set bos_token = {json.dumps(begin or '')} %}}{given}" if given else ""
+    # The line end is taken away with the tag, and not one that the template begins with.
+    return f"{{% set bos_token = {json.dumps(begin or '')} %}}\n{given}" if given else ""
 
 
 def _read_object(store: Store, name: str) -> dict[str, Any]:
@@ -368,7 +378,10 @@ def _read_object(store: Store, name: str) -> dict[str, Any]:
 def _find_end(ids: dict[str, int], beside: dict[str, Any], origin: str) -> int:
     named = beside.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    for name in (named, END, *OTHER_ENDS):
+    numbered = beside.get("eos_token_id")
+    numbered = numbered[0] if isinstance(numbered, list) and numbered else numbered
+    by_number = next((name for name, id in ids.items() if id == numbered), None)
+    for name in (named, by_number, END, *OTHER_ENDS):
         if isinstance(name, str) and name in ids:
             return ids[name]
     raise HeliostatError(

@@ -1,6 +1,7 @@
 """Weights from elsewhere: `model.init` into a built network, and Hugging Face's names and keys."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,9 @@ BERT_LAYER: Names = {
 }
 # What a checkpoint may hold beside: constants, and heads for the tasks it was trained on.
 BESIDE = (".rotary_emb.inv_freq", "embeddings.position_ids")
+BARE_LLAMA = ("embed_tokens.", "layers.", "norm.")
+OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+HF_STEMS = ("model.layers.", "model.embed_tokens.", "bert.", "embeddings.", "encoder.layer.")
 BERT_HEADS = ("pooler.", "cls.", "classifier.", "qa_outputs.")
 
 
@@ -112,7 +116,7 @@ def refuse_other_config(spec: ModelSpec, config: Mapping[str, Any], origin: str)
     differing = [key for key in wanted if given.get(key) != wanted[key]]
     if differing:
         there = ", ".join(f"{key} {wanted[key]} (given {given.get(key)})" for key in differing)
-        write = " ".join(f"model.{key}={json.dumps(wanted[key])}" for key in differing)
+        write = " ".join(shlex.quote(f"model.{key}={json.dumps(wanted[key])}") for key in differing)
         raise HeliostatError(f"the weights at {origin} are of another model, {there}: set {write}")
 
 
@@ -139,7 +143,7 @@ def from_hf(spec: ModelSpec, tensors: Mapping[str, Tensor], origin: str) -> Tens
             that belong together have other shapes.
     """
     assert isinstance(spec, GptSpec | EncoderSpec)
-    tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    tensors = {_modernise(name): tensor for name, tensor in tensors.items()}
     names = hf_names(spec)
     needed = {name for theirs in names.values() for name in theirs}
     ignored = ("lm_head.",) if isinstance(spec, GptSpec) else BERT_HEADS
@@ -151,6 +155,17 @@ def from_hf(spec: ModelSpec, tensors: Mapping[str, Tensor], origin: str) -> Tens
     _refuse(origin, [f"{name} is missing" for name in sorted(needed - tensors.keys())])
     _refuse(origin, [f"{name} has no place in the network" for name in sorted(unknown)])
     return {ours: _join(theirs, tensors, origin) for ours, theirs in names.items()}
+
+
+def _modernise(name: str) -> str:
+    """The name that a parameter has in a model with a head, as transformers writes it today."""
+    name = name.removeprefix("bert.")
+    if name.startswith(BARE_LLAMA):
+        return f"model.{name}"
+    for old, new in OLD_ENDINGS.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def to_hf(spec: GptSpec, weights: Mapping[str, Tensor]) -> Tensors:
@@ -168,6 +183,8 @@ def to_hf(spec: GptSpec, weights: Mapping[str, Tensor]) -> Tensors:
 def _describe_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     rope = {
+        "original_max_position_embeddings": config.get("original_max_position_embeddings")
+        or config.get("max_position_embeddings"),
         "rope_theta": config.get("rope_theta", 10_000.0),
         **(config.get("rope_scaling") or {}),
         **(config.get("rope_parameters") or {}),
@@ -277,6 +294,11 @@ def _parse(store: Store, key: str) -> Tensors:
         return safetensors.torch.load(store.read(key))
     except safetensors.SafetensorError as error:
         raise HeliostatError(f"{store.uri}/{key} is not a safetensors file: {error}") from error
+    except KeyError as error:  # the library's, of a type that torch has not
+        raise HeliostatError(
+            f"{store.uri}/{key} has tensors of type {error.args[0]}, which are not read: give the "
+            "weights before they were quantised"
+        ) from error
 
 
 def _load(network: nn.Module, tensors: Tensors, origin: str) -> None:
@@ -289,6 +311,8 @@ def _load(network: nn.Module, tensors: Tensors, origin: str) -> None:
             problems.append(f"{name} is {tuple(given.shape)} and must be {tuple(needed.shape)}")
         elif given.is_floating_point() != needed.is_floating_point():
             problems.append(f"{name} holds {given.dtype} instead of {needed.dtype}")
+    if any(name.startswith(HF_STEMS) for name in tensors.keys() - own.keys()):
+        problems = ["they have Hugging Face's names: name the folder with their config.json"]
     _refuse(origin, sorted(problems))
     network.load_state_dict(tensors)
 
