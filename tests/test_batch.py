@@ -93,12 +93,13 @@ def work(plan: Plan, source: Any) -> dict[int, Piece]:
     return done
 
 
-def run(root: Path, name: str, files: dict[str, bytes]) -> tuple[Store, dict[int, Piece]]:
+def run(
+    root: Path, name: str, files: dict[str, bytes], **options: Any
+) -> tuple[Store, dict[int, Piece]]:
     store = connect(str(root / "root"))
     version = publish(store, name)
-    source, plan = make_plan(
-        store, version, make_spec(root / "root", name, put(root / "raw", files))
-    )
+    spec = make_spec(root / "root", name, put(root / "raw", files), **options)
+    source, plan = make_plan(store, version, spec)
     return store, work(plan, source)
 
 
@@ -145,6 +146,13 @@ def test_a_blank_line_in_a_file_of_one_column_has_its_number(tmp_path: Path) -> 
     store, pieces = run(tmp_path, "mails", {"t.csv": b"text\nhello\n\nbye\n"})
     assert [row["row"] for row in read(store, pieces)] == [0, 2]
     assert read_bad(store) == {("t.csv", 1): "empty"}
+
+
+def test_columns_of_files_without_names_are_named_by_the_spec(tmp_path: Path) -> None:
+    rows, header = b"cook,41\nsmith,7\n", ("job", "age")
+    store, pieces = run(tmp_path / "named", "people", {"a.csv": b"job,age\n" + rows})
+    bare, nameless = run(tmp_path / "bare", "people", {"a.csv": rows}, header=header)
+    assert read(bare, nameless) == read(store, pieces)
 
 
 def make_idx(values: np.ndarray[Any, Any]) -> bytes:

@@ -227,18 +227,20 @@ async def call_app(app: Any, path: str, body: bytes) -> list[Message]:
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    headers = [(b"content-type", b"application/json")]
-    scope = {
+    await app(make_scope(path), receive, send)
+    return messages
+
+
+def make_scope(path: str) -> Scope:
+    return {
         "type": "http",
         "method": "POST",
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": headers,
+        "headers": [(b"content-type", b"application/json")],
     }
-    await app(scope, receive, send)
-    return messages
 
 
 def test_what_a_canary_has_used_is_counted_on_the_visit() -> None:
@@ -282,17 +284,8 @@ class Left:
         pass
 
     async def ask(self, app: ASGIApp, visit: Visit) -> None:
-        path = "/v1/completions"
-        scope = {
-            VISIT: visit,
-            "type": "http",
-            "method": "POST",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
-        }
+        scope = make_scope("/v1/completions")
+        scope[VISIT] = visit
         await Presence(app)(scope, self.receive, self.send)
 
 

@@ -70,12 +70,8 @@ MAX_LISTED = 20
 MAX_NAMES = 200  # characters
 LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 OTHERS = {  # what names say that no text here is
-    ".json": "write each text as a line of JSON in a .jsonl file",
-    ".json.gz": "write each text as a line of JSON in a .jsonl file",
-    ".zst": "unpack it, or pack it with gzip",
-    ".bz2": "unpack it, or pack it with gzip",
-    ".xz": "unpack it, or pack it with gzip",
-    ".zip": "unpack it, or pack it with gzip",
+    (".json", ".json.gz"): "write each text as a line of JSON in a .jsonl file",
+    (".zst", ".bz2", ".xz", ".zip"): "unpack it, or pack it with gzip",
 }
 PARQUET_SUFFIXES = (".parquet", ".pq")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -215,8 +211,8 @@ def _label(data: DataSpec) -> str | None:
 
 def _split(source: Source) -> list[Unit]:
     for entry in source.entries:
-        for suffix, advice in OTHERS.items():
-            if entry.key.lower().endswith(suffix):
+        for suffixes, advice in OTHERS.items():
+            if entry.key.lower().endswith(suffixes):
                 raise HeliostatError(f"{source.store.uri}/{entry.key} is not read: {advice}")
     cut_bytes = _cut_bytes(source)
     return [{**unit, "cut_bytes": cut_bytes} for unit in group_files(source)]
