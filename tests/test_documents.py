@@ -32,18 +32,18 @@ WHOLES = st.builds(
 )
 
 
-@given(WHOLES)
-def test_what_was_written_is_read_and_every_cut_of_it_is_named(
-    tmp_path_factory: pytest.TempPathFactory, whole: Whole
+@given(WHOLES, st.data())
+def test_what_was_written_is_read_and_any_cut_of_it_is_named(
+    tmp_path_factory: pytest.TempPathFactory, whole: Whole, draw: st.DataObject
 ) -> None:
     store = LocalStore(str(tmp_path_factory.mktemp("store")))
     data = json.dumps(asdict(whole)).encode()
     store.write("a/whole.json", data)
     assert read_document(store, "a/whole.json", Whole) == whole
-    for end in range(len(data)):
-        store.write("a/whole.json", data[:end])
-        with pytest.raises(Damaged, match=r"a/whole\.json is damaged"):
-            read_document(store, "a/whole.json", Whole)
+    end = draw.draw(st.integers(0, len(data) - 1))
+    store.write("a/whole.json", data[:end])
+    with pytest.raises(Damaged, match=r"a/whole\.json is damaged"):
+        read_document(store, "a/whole.json", Whole)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,7 @@ def test_the_newest_watch_of_a_machine_goes_on(
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 def test_one_notice_of_aws_drains_one_node_once(
     cluster: Cluster, join_node: Callable[..., str], tmp_path: Path, wait_until: Wait
 ) -> None:

@@ -398,6 +398,7 @@ def test_what_is_served_already_is_left_as_it_is(
 
 
 @pytest.mark.cluster
+@pytest.mark.faults
 def test_a_rollback_serves_the_version_before_and_another_one_goes_forth_again(
     store: Store, digits: str
 ) -> None:
