@@ -76,7 +76,17 @@ def test_without_special_tokens_it_is_the_text() -> None:
     assert list(ids[: len(first)]) == first
 
 
-@pytest.mark.parametrize("source", [SOURCE, "{{ messages[0].nothing.at.all }}", "{{ 1 + '' }}"])
+NO_CHATS = (
+    SOURCE,
+    "{{ messages[0].nothing.at.all }}",
+    "{{ 1 + '' }}",
+    "{{ 1 / 0 }}",
+    "{{ '%(name)s' | format(a=1) }}",
+    "{% macro turn() %}{{ turn() }}{% endmacro %}{{ turn() }}",
+)
+
+
+@pytest.mark.parametrize("source", NO_CHATS)
 def test_what_the_template_refuses_is_422(source: str) -> None:
     with pytest.raises(Refusal, match="do not fit the model's chat template") as refused:
         Template(source, TOKENS, END).encode([Turn("system", "x")])

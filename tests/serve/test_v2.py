@@ -173,6 +173,25 @@ def test_what_no_model_here_can_do_is_refused_in_a_sentence(
         triton.infer("shapes", inputs, **asked)
 
 
+def test_shared_memory_is_refused_in_a_sentence(triton: InferenceServerClient) -> None:
+    inputs = make_inputs(triton.get_model_metadata("shapes"), REQUESTS["shapes"][0], True)
+    output = InferRequestedOutput("probabilities")
+    output.set_shared_memory("region", 64)
+    said = r"^\[422\] outputs\[0\]\.parameters\.shared_memory_region: .* data itself"
+    with pytest.raises(InferenceServerException, match=said):
+        triton.infer("shapes", inputs, outputs=[output])
+    inputs[0].set_shared_memory("region", 16)
+    with pytest.raises(InferenceServerException, match=said.replace("outputs", "inputs")):
+        triton.infer("shapes", inputs)
+
+
+def test_own_parameters_of_a_tensor_mean_nothing(client: Client) -> None:
+    plain = client.post("/v2/models/shapes/infer", json=image())
+    marked = client.post("/v2/models/shapes/infer", json=image(parameters={"content_type": "np"}))
+    assert plain.status_code == marked.status_code == 200
+    assert plain.json()["outputs"] == marked.json()["outputs"]
+
+
 def test_a_client_can_only_shorten_its_time(triton: InferenceServerClient) -> None:
     inputs = make_inputs(triton.get_model_metadata("shapes"), REQUESTS["shapes"][0], True)
     short = {"x-timeout-seconds": "0.000001"}

@@ -42,7 +42,22 @@ Name = Annotated[str, Field(max_length=1024)]
 Size = Annotated[int, Field(ge=0, le=2**31)]
 
 
-class InputParameters(Part):
+def _refuse_memory(region: str | None) -> str | None:
+    if region is not None:
+        message = "shared memory is of one machine: send and take the data itself"
+        raise PydanticCustomError("memory", message)
+    return region
+
+
+class TensorParameters(Part):
+    """A client's own parameters mean nothing here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    shared_memory_region: Annotated[str | None, AfterValidator(_refuse_memory)] = None
+
+
+class InputParameters(TensorParameters):
     binary_data_size: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -57,7 +72,7 @@ class InputPart(Part):
     data: Any = None
 
 
-class OutputParameters(Part):
+class OutputParameters(TensorParameters):
     binary_data: bool | None = None
     classification: Annotated[int, Field(ge=1)] | None = None
 
