@@ -23,7 +23,7 @@ from ray.data.context import DataContext, ShuffleStrategy
 from ray.exceptions import OutOfDiskError
 
 from heliostat import pools
-from heliostat.data import images, series, tables, text
+from heliostat.data import delimited, images, parquet, series, text
 from heliostat.data.manifest import Shard, data_key, holds
 from heliostat.data.measure import measure, measure_numbers
 from heliostat.data.raw import (
@@ -54,8 +54,8 @@ from heliostat.storage import Store
 FORMS: dict[str, Form] = {
     "images": images.FILES,
     "idx": images.IDX,
-    "csv": tables.CSV,
-    "parquet": tables.PARQUET,
+    "csv": delimited.CSV,
+    "parquet": parquet.PARQUET,
     "series": series.SERIES_FILES,
     "text": text.TEXTS,
 }

@@ -1,67 +1,39 @@
-"""Tables as raw data: CSV and Parquet, whose columns are numbers, categories, ids or labels."""
+"""Tables as raw data: their columns are numbers, categories, ids or labels."""
 
-import io
-import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from decimal import Decimal
-from functools import partial
-from itertools import chain, islice
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from heliostat.data.cells import (
-    MAX_NUMBER,
-    are_quantities,
-    are_ratings,
-    parse_number,
-    shorten_number,
-    strip_text,
-    write_number,
-)
+from heliostat.data.cells import MAX_NUMBER, are_quantities, are_ratings
+from heliostat.data.columns import CATEGORY_OR_NUMERIC, to_names, to_numbers, to_texts
 from heliostat.data.features import COLUMN_PREFIX, NUMBERS
-from heliostat.data.ranged import RangedFile
 from heliostat.data.raw import (
-    MAX_LABELS,
-    SURROGATES,
-    Form,
     Found,
     Source,
     Survey,
     TableLayout,
     Unit,
-    Unusable,
     choose_kind,
-    open_raw,
     raw_rows,
     sort_labels,
     tell_unusable,
 )
-from heliostat.data.records import Record, read_records
 from heliostat.data.shards import pack_rows
-from heliostat.data.tally import Tally, add_up, drop_words
+from heliostat.data.tally import Tally
 from heliostat.errors import HeliostatError
 from heliostat.spec import DataSpec
-from heliostat.storage import Store
 
 BATCH_ROWS = 4096
-DELIMITERS = (",", ";", "\t", "|", "::")
 MAX_LISTED = 20
 MAX_SHOWN = 40
-NUMBER_TYPES = ("is_integer", "is_floating", "is_decimal")
-NUMERIC_TYPES = (*NUMBER_TYPES, "is_timestamp", "is_date")
-TEXT_TYPES = ("is_string", "is_large_string", "is_string_view")
-CATEGORY_OR_NUMERIC = ("numeric", "category")
 NULL = "null"
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")
-CATEGORY_TYPES = (*TEXT_TYPES, "is_boolean", "is_null")
+TASKS = ("classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -73,11 +45,11 @@ class Batch:
     columns: dict[str, pa.Array]
 
 
-def _split_tables(source: Source) -> list[Unit]:
+def split_tables(source: Source) -> list[Unit]:
     return [{"key": entry.key} for entry in source.entries]
 
 
-def _settle(
+def settle(
     source: Source,
     found: list[Found],
     kinds: dict[str, str],
@@ -159,7 +131,7 @@ def label_of(data: DataSpec) -> str | tuple[str, ...]:
     return names[0] if names else ""
 
 
-def _check_label(names: list[str], data: DataSpec, place: str) -> list[str]:
+def check_label(names: list[str], data: DataSpec, place: str) -> list[str]:
     """The columns of the label, which must be among `names`."""
     label = label_of(data)
     wanted = [label] if isinstance(label, str) else list(label)
@@ -219,7 +191,7 @@ def _keep_columns(kinds: dict[str, str], data: DataSpec) -> dict[str, str]:
     features = {
         name: kind
         for name, kind in kinds.items()
-        if name not in ("", *labels) and not _is_index(name, data)
+        if name not in ("", *labels) and not is_index(name, data)
     }
     if unknown := data.columns.keys() - features.keys():
         raise HeliostatError(
@@ -247,7 +219,7 @@ def _order_ids(kept: dict[str, str], data: DataSpec) -> dict[str, str]:
     return dict((next(ids), kind) if kind == "id" else (name, kind) for name, kind in kept.items())
 
 
-def _is_index(name: str, data: DataSpec) -> bool:
+def is_index(name: str, data: DataSpec) -> bool:
     """Whether pandas wrote the numbers of its rows there, and nobody asked for them."""
     return PANDAS_INDEX.fullmatch(name) is not None and name not in data.columns
 
@@ -260,14 +232,17 @@ def _describe_columns(kinds: dict[str, str], kept: dict[str, str], data: DataSpe
     if "" in kinds:
         yield "a column without a name is ignored"
     for name in kinds:
-        if _is_index(name, data):
+        if is_index(name, data):
             yield f"the column {name} is ignored, as it is the index of pandas"
 
 
-# --- Cleaning ------------------------------------------------------------------------------------
+def check_names(names: list[str], place: str) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise HeliostatError(f"{place} names the column {twice} twice: rename one")
 
 
-def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
+def clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
     """The rows of a batch in their final types; what cannot be used is named as a problem."""
     problems = list(batch.problems)
     labels = _clean_labels(batch, layout, problems)
@@ -278,8 +253,8 @@ def _clean(batch: Batch, key: str, layout: TableLayout) -> pa.Table:
         numbers[:, place] = _clean_numbers(column, f"column {name}", problems, advice)
     payload = {NUMBERS: pack_rows(numbers)} if layout.numeric else {}
     for name in layout.texts:
-        to_texts = to_names if layout.kinds[name] == "id" else _to_texts
-        payload[COLUMN_PREFIX + name] = to_texts(batch.columns[name])
+        write = to_names if layout.kinds[name] == "id" else to_texts
+        payload[COLUMN_PREFIX + name] = write(batch.columns[name])
     ids = [f"{key}#{row}" for row in batch.rows]
     return raw_rows(layout, ids, [key] * len(ids), labels, problems, payload)
 
@@ -306,7 +281,7 @@ def _clean_labels(batch: Batch, layout: TableLayout, problems: list[str | None])
     )
 
 
-def _check_present(layout: TableLayout, names: list[str], place: str) -> None:
+def check_present(layout: TableLayout, names: list[str], place: str) -> None:
     for name in layout.kinds:
         if name not in names:
             raise HeliostatError(f"{place} has no column {name}, it has {_list_names(names)}")
@@ -316,7 +291,7 @@ def _clean_numbers(
     column: pa.Array, place: str, problems: list[str | None], advice: str = ""
 ) -> NDArray[np.float64]:
     """Numbers, NaN where missing; what else is there is shown in a problem, with the `advice`."""
-    values, wrong = _to_numbers(column)
+    values, wrong = to_numbers(column)
     for index in np.flatnonzero(_to_mask(wrong)):
         shown = repr(str(column[index].as_py())[:MAX_SHOWN])
         problem = f"{place} is not a number of at most {MAX_NUMBER:g}: {shown}{advice}"
@@ -335,277 +310,3 @@ def _to_mask(column: pa.Array) -> NDArray[np.bool_]:
 def _mark(problems: list[str | None], where: NDArray[np.bool_], problem: str) -> None:
     for index in np.flatnonzero(where):
         problems[index] = problems[index] or problem
-
-
-def _to_texts(column: pa.Array) -> pa.Array:
-    """Strings, null where missing."""
-    if pa.types.is_floating(column.type):
-        texts = [_number_text(value) for value in column.to_pylist()]
-        return pa.array(texts, pa.string())
-    if pa.types.is_decimal(column.type):
-        texts = [_decimal_text(value) for value in column.to_pylist()]
-        return pa.array(texts, pa.string())
-    if not _is_one_of(column.type, TEXT_TYPES):
-        return column.cast(pa.string())
-    stripped = [value if value is None else strip_text(value) for value in column.to_pylist()]
-    return pa.array(stripped, pa.string())
-
-
-def _number_text(value: float | None) -> str | None:
-    if value is None or math.isnan(value):
-        return None
-    return write_number(value)
-
-
-def _decimal_text(value: Decimal | None) -> str | None:
-    """As that of the same number in another type."""
-    if value is None:
-        return None
-    whole, point, part = f"{value:f}".partition(".")
-    return whole + (point + part).rstrip("0").rstrip(".")
-
-
-def to_names(column: pa.Array) -> pa.Array:
-    """Texts in which a whole number is written without a decimal point: of labels and ids."""
-    texts = _to_texts(column).to_pylist()
-    return pa.array([text and shorten_number(text) for text in texts], pa.string())
-
-
-def _to_numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Numbers, null where missing, and where there is something that is no finite number."""
-    if _is_one_of(column.type, TEXT_TYPES):
-        texts = drop_words(_to_texts(column))
-        parsed = [text if text is None else parse_number(text) for text in texts.to_pylist()]
-        numbers = pa.array(parsed, pa.float64())
-        return numbers, pc.and_(texts.is_valid(), numbers.is_null())
-    numbers = _cast_numbers(column)
-    numbers = pc.if_else(pc.is_nan(numbers), pa.scalar(None, pa.float64()), numbers)
-    return numbers, pc.fill_null(pc.greater(pc.abs(numbers), MAX_NUMBER), False)
-
-
-def _cast_numbers(column: pa.Array) -> pa.Array:
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        microseconds = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-        return pc.divide(microseconds.cast(pa.float64(), safe=False), 1e6)
-    return column.cast(pa.float64(), safe=False)
-
-
-def _is_one_of(kind: pa.DataType, predicates: tuple[str, ...]) -> bool:
-    return any(getattr(pa.types, predicate)(kind) for predicate in predicates)
-
-
-def _distinct(labels: set[str], column: pa.Array) -> set[str]:
-    """`labels` and those in `column`; it stops growing where they cannot be classes any more."""
-    if len(labels) > MAX_LABELS:
-        return labels
-    return labels | set(filter(None, pc.unique(to_names(column)).to_pylist()))
-
-
-# --- CSV -----------------------------------------------------------------------------------------
-
-
-def _survey_csv(store: Store, unit: Unit, data: DataSpec) -> Found:
-    """How many values of each column there are, and how many of them are numbers."""
-    rows, labels, unusable = 0, set[str](), Unusable()
-    with open_csv(store, unit["key"], data.header) as (header, batches):
-        _check_label(header, data, f"{store.uri}/{unit['key']}")
-        label = label_of(data)
-        tallies = {name: Tally() for name in header}
-        for batch in batches:
-            rows += len(batch.rows)
-            for row, problem in zip(batch.rows, batch.problems, strict=True):
-                unusable.add(f"{unit['key']}#{row}", problem)
-            for name, column in batch.columns.items():
-                tallies[name].add(column, *_to_numbers(column))
-            if isinstance(label, str):
-                labels = _distinct(labels, drop_words(batch.columns[label]))
-    return {
-        "key": unit["key"],
-        "types": dict.fromkeys(header, ("text", "text")),
-        "tallies": {name: asdict(tally) for name, tally in tallies.items()},
-        "labels": sorted(labels),
-        "rows": rows,
-        "unusable": unusable.count,
-        "example": unusable.example,
-    }
-
-
-def _settle_csv(source: Source, found: list[Found], data: DataSpec) -> Survey:
-    tallies = {
-        name: add_up(part["tallies"][name] for part in found if name in part["tallies"])
-        for name in found[0]["types"]
-    }
-    kinds = {name: tally.kind for name, tally in tallies.items()}
-    return _settle(source, found, kinds, data, tallies)
-
-
-def _read_csv(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
-    with open_csv(store, unit["key"], layout.header) as (header, batches):
-        _check_present(layout, header, f"{store.uri}/{unit['key']}")
-        for batch in batches:
-            columns = batch.columns
-            if layout.label:  # a model that was trained knows which words are values
-                columns = {name: drop_words(column) for name, column in columns.items()}
-            yield _clean(replace(batch, columns=columns), unit["key"], layout)
-
-
-@contextmanager
-def open_csv(
-    store: Store, key: str, names: Sequence[str] = ()
-) -> Iterator[tuple[list[str], Iterator[Batch]]]:
-    """The names of the columns, those given or those of the first line, and the rows as text."""
-    with open_raw(store, key) as stream:
-        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        line = text.readline()
-        delimiter = max(DELIMITERS, key=line.count)
-        records = read_records(chain([line], text), delimiter, len(names))
-        header = list(names) or _read_header(records, f"{store.uri}/{key}")
-        _check_header(header, f"{store.uri}/{key}")
-        yield header, _batches(header, records)
-
-
-def _read_header(records: Iterator[Record], place: str) -> list[str]:
-    first = next(records, Record([]))
-    if first.problem:
-        raise HeliostatError(f"the names of the columns of {place}: {first.problem}")
-    return [name.strip() for name in first.cells]
-
-
-def _check_header(header: list[str], place: str) -> None:
-    names = [name for name in header if name]
-    if not names:
-        raise HeliostatError(f"{place} is empty: its first line must name the columns")
-    if any(SURROGATES.search(name) or "\0" in name for name in names):
-        raise HeliostatError(f"{place} is not UTF-8 text: save it as UTF-8")
-    _check_names(names, place)
-    if all(parse_number(name) is not None for name in names):
-        raise HeliostatError(
-            f"{place} begins with {names[0]}: its first line must name the columns, or "
-            "data.header in its place"
-        )
-
-
-def _batches(header: list[str], records: Iterator[Record]) -> Iterator[Batch]:
-    numbered = enumerate(record for record in records if record.cells or record.problem)
-    while batch := list(islice(numbered, BATCH_ROWS)):
-        problems = [_find_problem(record, len(header)) for _, record in batch]
-        blank = [""] * len(header)
-        cells = [
-            blank if problem else record.cells
-            for (_, record), problem in zip(batch, problems, strict=True)
-        ]
-        columns = map(pa.array, zip(*cells, strict=True))
-        rows = [row for row, _ in batch]
-        yield Batch(rows, problems, dict(zip(header, columns, strict=True)))
-
-
-def _find_problem(record: Record, fields: int) -> str | None:
-    if record.problem:
-        return record.problem
-    if len(record.cells) != fields:
-        return f"{len(record.cells)} fields instead of {fields}"
-    return "not UTF-8 text" if SURROGATES.search("".join(record.cells)) else None
-
-
-# --- Parquet -------------------------------------------------------------------------------------
-
-
-def _survey_parquet(store: Store, unit: Unit, data: DataSpec) -> Found:
-    """Names and types of the columns; only the label's values are read."""
-    with open_parquet(store, unit["key"]) as file:
-        types = {field.name: _plain_type(field.type) for field in file.schema_arrow}
-        place = f"{store.uri}/{unit['key']}"
-        _check_names(file.schema_arrow.names, place)
-        for name in _check_label(list(types), data, place):
-            if _kind_of(types[name]) not in CATEGORY_OR_NUMERIC:
-                raise HeliostatError(f"the label {name} of {place} is neither a number nor a text")
-        labels = set[str]()
-        if isinstance(label := label_of(data), str):
-            for batch in file.iter_batches(BATCH_ROWS, columns=[label]):
-                labels = _distinct(labels, plain(batch.column(label)))
-    return {
-        "key": unit["key"],
-        "types": {
-            name: (_family_of(kind), str(kind))
-            for name, kind in types.items()
-            if not _is_index(name, data)
-        },
-        "kinds": {name: _kind_of(kind) for name, kind in types.items()},
-        "labels": sorted(labels),
-        "rows": file.metadata.num_rows,
-        "unusable": 0,
-        "example": "",
-    }
-
-
-def _check_names(names: list[str], place: str) -> None:
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise HeliostatError(f"{place} names the column {twice} twice: rename one")
-
-
-def _settle_parquet(source: Source, found: list[Found], data: DataSpec) -> Survey:
-    kinds: dict[str, str] = {}
-    for part in found:
-        kinds |= {
-            name: kind
-            for name, kind in part["kinds"].items()
-            if name not in kinds or part["types"].get(name, (NULL,))[0] != NULL
-        }
-    return _settle(source, found, kinds, data)
-
-
-def _read_parquet(store: Store, unit: Unit, layout: TableLayout) -> Iterator[pa.Table]:
-    labels = [layout.label] if isinstance(layout.label, str) else layout.label
-    names = [*labels, *layout.kinds]
-    start = 0
-    with open_parquet(store, unit["key"]) as file:
-        _check_present(layout, file.schema_arrow.names, f"{store.uri}/{unit['key']}")
-        for batch in file.iter_batches(BATCH_ROWS, columns=names):
-            rows = list(range(start, start := start + batch.num_rows))
-            columns = {name: plain(batch.column(name)) for name in names}
-            yield _clean(Batch(rows, [None] * len(rows), columns), unit["key"], layout)
-
-
-@contextmanager
-def open_parquet(store: Store, key: str) -> Iterator[pq.ParquetFile]:
-    entry = store.stat(key)
-    try:
-        stream = RangedFile(entry.size if entry else 0, partial(store.read_range, key))
-        with pq.ParquetFile(stream, page_checksum_verification=True) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        raise HeliostatError(
-            f"{store.uri}/{key} is not a readable Parquet file: {error}"
-        ) from error
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def plain(column: pa.Array) -> pa.Array:
-    """The values themselves; raises ArrowInvalid if one says that it is a text and is not UTF-8."""
-    values = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values.validate(full=True)
-    return values
-
-
-def _family_of(kind: pa.DataType) -> str:
-    """The same for types whose values mean the same in a table."""
-    if _is_one_of(kind, NUMBER_TYPES):
-        return "number"
-    return "text" if _is_one_of(kind, TEXT_TYPES) else str(kind)
-
-
-def _kind_of(kind: pa.DataType) -> str:
-    """numeric, category, or the name of a type that is neither."""
-    if _is_one_of(kind, NUMERIC_TYPES):
-        return "numeric"
-    return "category" if _is_one_of(kind, CATEGORY_TYPES) else str(kind)
-
-
-TASKS = ("classification", "regression")
-CSV = Form(_split_tables, _survey_csv, _settle_csv, _read_csv, TASKS)
-PARQUET = Form(_split_tables, _survey_parquet, _settle_parquet, _read_parquet, TASKS)

@@ -16,7 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.data.cells import clean_text
+from heliostat.data.columns import plain, to_names
+from heliostat.data.delimited import open_csv
 from heliostat.data.features import TEXT, TOKENS, token_type
+from heliostat.data.parquet import open_parquet
 from heliostat.data.raw import (
     BROKEN_STREAM,
     MAX_LABELS,
@@ -36,7 +39,7 @@ from heliostat.data.raw import (
     tell_unusable,
 )
 from heliostat.data.shards import ORDER_BITS, WEIGHT, order_of, split_at
-from heliostat.data.tables import BATCH_ROWS, open_csv, open_parquet, plain, to_names
+from heliostat.data.tables import BATCH_ROWS
 from heliostat.data.tally import drop_words
 from heliostat.data.tokens import (
     Vocabulary,
