@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import users_network
 from heliostat.errors import HeliostatError
-from heliostat.models import MODELS, build, count_parameters, task_of
+from heliostat.models import MODELS, PREPARED, SUITED, build, count_parameters, task_of
 from heliostat.models.cost import measure_cost
 from heliostat.models.recsys import sum_pairs
 from heliostat.signature import (
@@ -333,9 +333,19 @@ def test_a_family_that_does_not_suit_the_data_is_refused(of: Input, suited: str)
             continue
         with pytest.raises(HeliostatError) as refused:
             build(spec, signature)
+        told = f"model.kind={spec.kind} cannot take {of.describe()}: use model.kind={suited}"
+        other_way = PREPARED.get((type(of), spec.kind))
         assert str(refused.value) == (
-            f"model.kind={spec.kind} cannot take {of.describe()}: use model.kind={suited}"
+            f"{told}, or prepare the data with {other_way}" if other_way else told
         )
+
+
+@pytest.mark.parametrize(("of", "kind"), PREPARED)
+def test_what_is_advised_for_a_family_is_for_another_input_than_it_takes(
+    of: type[Input], kind: str
+) -> None:
+    assert kind in MODELS
+    assert kind not in SUITED[of]
 
 
 def test_an_image_too_small_for_the_stages_is_refused() -> None:

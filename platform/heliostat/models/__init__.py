@@ -40,6 +40,15 @@ SUITED: dict[type[Input], tuple[str, ...]] = {
     Interaction: ("recsys",),
 }
 
+# What makes of the same raw data an input that the family takes.
+PREPARED = {
+    (Text, "gpt"): "data.task=language",
+    (Blocks, "encoder"): "data.task=classification",
+    (Blocks, "rnn"): "data.task=classification",
+    (Vector, "recsys"): "the users and items in data.columns as id",
+    (Interaction, "mlp"): "no column in data.columns as id",
+}
+
 
 def build(model: ModelSpec, signature: Signature) -> nn.Module:
     """The network that `model` describes; it takes the tensors of `signature.input`.
@@ -49,9 +58,12 @@ def build(model: ModelSpec, signature: Signature) -> nn.Module:
     """
     suited = SUITED[type(signature.input)]
     if model.kind not in (*suited, "custom"):
+        prepared = PREPARED.get((type(signature.input), model.kind))
         raise HeliostatError(
             f"model.kind={model.kind} cannot take {signature.input.describe()}: "
             f"use model.kind={' or '.join(suited)}"
+            + f", or prepare the data with {prepared}"
+            * (prepared is not None)
         )
     return MODELS[model.kind](model, signature, task_of(model, signature).width)
 
