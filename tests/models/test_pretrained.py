@@ -102,6 +102,21 @@ def test_a_llama_gives_the_logits_of_transformers(
 
 
 @torch.inference_mode()
+def test_a_mistral_that_sees_all_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    from transformers import MistralForCausalLM
+
+    save_llama(tmp_path)
+    config = read_config(tmp_path) | {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = MistralForCausalLM.from_pretrained(tmp_path)(sample_tokens()).logits
+    assert (load(tmp_path)(sample_tokens()) - theirs).abs().max() < 1e-4
+
+
+@torch.inference_mode()
 def test_one_file_is_read_before_the_shards_that_an_older_save_left(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -138,7 +153,8 @@ def test_the_keys_of_older_config_files_mean_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral': weights of llama and bert are read"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2': weights of llama, mistral, bert are read"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096: only None"),
         ({"attention_bias": True}, "attention_bias True: only False"),
         ({"mlp_bias": True}, "mlp_bias True: only False"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu': only 'silu'"),

@@ -95,7 +95,7 @@ def describe_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in _DESCRIBE:
         raise HeliostatError(
-            f"config.json has model_type {kind!r}: weights of {' and '.join(_DESCRIBE)} are read"
+            f"config.json has model_type {kind!r}: weights of {', '.join(_DESCRIBE)} are read"
         )
     if config.get("quantization_config"):
         raise HeliostatError(
@@ -211,6 +211,12 @@ def _describe_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _describe_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Llama, unless a token looks back no further than a window."""
+    _refuse_options(config, {"sliding_window": None})
+    return _describe_llama(config)
+
+
 def _describe_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
@@ -242,7 +248,7 @@ def _describe_bert(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_DESCRIBE = {"llama": _describe_llama, "bert": _describe_bert}
+_DESCRIBE = {"llama": _describe_llama, "mistral": _describe_mistral, "bert": _describe_bert}
 
 
 def _refuse_options(config: Mapping[str, Any], only: Mapping[str, Any]) -> None:
